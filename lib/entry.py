@@ -1,0 +1,93 @@
+"""The boundary of every door: usage, signals, and how an exception becomes lines and a status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
+from types import FrameType
+from typing import Optional
+
+from lib import log
+from lib.environment import Environment
+from lib.errors import Error, describe
+
+STATUS_FAILED = 1
+STATUS_BUG = 2
+STATUS_USAGE = 2
+
+
+class Interrupted(BaseException):
+    """SIGTERM, SIGHUP or SIGINT arrived; unwinds every with block once."""
+
+
+def _interrupt(number: int, _frame: Optional[FrameType]) -> None:
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(signal.Signals(number).name)
+
+
+def guard(action: Callable[[], None], debug: bool) -> int:
+    """Run `action`; print what went wrong, the ERROR line last; return the exit status."""
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(each, _interrupt)
+    try:
+        action()
+    except Error as error:
+        if debug:
+            traceback.print_exc()
+        for line in error.lines:
+            log.error(line)
+        return STATUS_FAILED
+    except Interrupted as interrupted:
+        log.error(f"interrupted by {interrupted}; nothing is left behind, run it again")
+        return STATUS_FAILED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it at exit)
+        log.error("the reader of the output went away; look for its own error")
+        return STATUS_FAILED
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        log.error(describe(error))
+        return STATUS_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        log.error(f"this is a bug: {type(error).__name__}: {error}")
+        return STATUS_BUG
+    return 0
+
+
+def prepare() -> None:
+    """Make standard error safe for Ganeti's log, and new files private (seeds hold secrets)."""
+    os.umask(0o077)
+    if isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(encoding="ascii", errors="backslashreplace")
+
+
+def run(
+    command: Callable[[Environment], None],
+    arguments: Sequence[str] = (),
+    argv: Optional[Sequence[str]] = None,
+    environ: Optional[Mapping[str, str]] = None,
+) -> int:
+    """Run one door: `command`, called by Ganeti with exactly `arguments`; return the status."""
+    prepare()
+    given = list(sys.argv[1:] if argv is None else argv)
+    environ = os.environ if environ is None else environ
+    usage = f"usage: {' '.join([os.path.basename(sys.argv[0]), *arguments])}\n\n{command.__doc__}\n"
+    if given in (["-h"], ["--help"]):
+        sys.stdout.write(usage)
+        return 0
+    if given != list(arguments):
+        sys.stderr.write(usage)
+        words = log.printable(" ".join(given)) or "none"
+        log.error(f"arguments {words!r}: expected {' '.join(arguments) or 'none'}")
+        return STATUS_USAGE
+    debug = environ.get("DEBUG_LEVEL", "0") not in ("", "0")
+    if debug:
+        log.enable_debug()
+    return guard(lambda: command(Environment.from_environ(environ)), debug)
