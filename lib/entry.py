@@ -46,7 +46,7 @@ def guard(action: Callable[[], None], debug: bool) -> int:
         log.error(f"interrupted by {interrupted}; nothing is left behind, run it again")
         return STATUS_FAILED
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it at exit)
+        sys.stdout = open(os.devnull, "w")
         log.error("the reader of the output went away; look for its own error")
         return STATUS_FAILED
     except OSError as error:

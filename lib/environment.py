@@ -168,7 +168,10 @@ def _uri(given: Mapping[str, str], key: str) -> Optional[str]:
 def _disk(given: Mapping[str, str], index: int) -> Disk:
     prefix = f"DISK_{index}_"
     return Disk(
-        index, _path(given, prefix + "PATH"), _uri(given, prefix + "URI"), given.get(prefix + "NAME")
+        index,
+        _path(given, prefix + "PATH"),
+        _uri(given, prefix + "URI"),
+        given.get(prefix + "NAME"),
     )
 
 

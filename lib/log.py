@@ -100,10 +100,10 @@ class Progress:
             if now - self.printed >= 2 * PROGRESS_INTERVAL_S:
                 self.printed = now
                 step(self._line(done_bytes))
-        elif done_bytes * 10 // self.total_bytes > self.tenth:
-            if now - self.printed >= PROGRESS_INTERVAL_S:
-                self.printed = now
-                self.tenth = done_bytes * 10 // self.total_bytes
+        elif now - self.printed >= PROGRESS_INTERVAL_S:
+            tenth = done_bytes * 10 // self.total_bytes
+            if tenth > self.tenth:
+                self.printed, self.tenth = now, tenth
                 step(self._line(done_bytes))
 
     def end(self) -> float:

@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what could leak in from the shell that runs the tests."""
     for key in list(os.environ):
-        if key.lower().endswith("_proxy") or key.startswith(("LC_", "OSP_", "CLOUDIMAGE_", "NETRC")):
+        if key.lower().endswith("_proxy") or key.startswith(
+            ("LC_", "OSP_", "CLOUDIMAGE_", "NETRC")
+        ):
             monkeypatch.delenv(key)
     monkeypatch.setenv("PATH", SYSTEM_PATH)
 
