@@ -62,6 +62,7 @@ class Environment:
     """What Ganeti gave to one call of one script. Absent variables are None or empty."""
 
     variables: Mapping[str, str]  # all of them, for hooks only
+    config_directory: Optional[Path]  # $CLOUDIMAGE_CONFDIR
     parameters: Mapping[str, str]  # OS parameters, by their variable's name without OSP_
     variant: Optional[str]
     debug: bool
@@ -80,6 +81,7 @@ class Environment:
         given = {key: value for key, value in environ.items() if value != ""}
         return cls(
             variables=dict(environ),
+            config_directory=_path(given, "CLOUDIMAGE_CONFDIR"),
             parameters={k[4:]: v for k, v in environ.items() if k.startswith("OSP_")},
             variant=_matching(given, "OS_VARIANT", _VARIANT),
             debug=given.get("DEBUG_LEVEL", "0") != "0",

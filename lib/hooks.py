@@ -1,0 +1,57 @@
+"""Run the administrator's scripts of hooks.d/<phase>, as root, in name order."""
+
+from __future__ import annotations
+
+import os
+import re
+from subprocess import STDOUT
+from collections.abc import Mapping
+from pathlib import Path
+
+from lib import config, log, run
+from lib.errors import Error
+
+PHASES = ("pre", "post")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")  # run-parts(8)'s rule without --lsbsysinit
+
+
+def find(directory: Path, phase: str) -> list[Path]:
+    """Return the hooks of a phase: the bundle's, then those of the configuration directory.
+
+    Error if others than root can write a hook or its folder.
+    """
+    scripts = config.overlay(
+        directory,
+        f"hooks.d/{phase}",
+        lambda path: _NAME.fullmatch(path.name) is not None
+        and path.is_file()
+        and os.access(path, os.X_OK),
+    )
+    for script in scripts:
+        config.require_trusted(script)
+        config.require_trusted(script.parent)
+    return scripts
+
+
+def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
+    """Run the hooks of a phase; Error names the first that does not end with status 0.
+
+    environment: all that Ganeti gave, and the CLOUDIMAGE_ variables. Output goes to the log.
+    """
+    for script in find(directory, phase):
+        log.step(f"hook {phase}/{script.name}")
+        with run.process(
+            [os.fspath(script)],
+            stderr=STDOUT,
+            environment={**environment, "CLOUDIMAGE_PHASE": phase},
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                log.step(f"{script.name}: {line.decode('ascii', 'backslashreplace').rstrip()}")
+            status = child.wait()
+        if status != 0:
+            words = f"status {status}" if status > 0 else f"signal {-status}"
+            raise Error(
+                f"hook {phase}/{script.name} ended with {words}",
+                f"see its output above, or take {script} away",
+            )
