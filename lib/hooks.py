@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from subprocess import STDOUT
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
         log.step(f"hook {phase}/{script.name}")
         with run.process(
             [os.fspath(script)],
-            stderr=STDOUT,
+            stderr=run.STDOUT,
             environment={**environment, "CLOUDIMAGE_PHASE": phase},
         ) as child:
             assert child.stdout is not None

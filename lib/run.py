@@ -20,6 +20,7 @@ from typing import IO, Optional, Union
 from lib import log
 from lib.errors import Error
 
+STDOUT = subprocess.STDOUT  # for callers, who do not import subprocess
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 OUTPUT_LIMIT_BYTES = 64 << 20
 REPLAY_LINES, REPLAY_WIDTH = 10, 200
