@@ -1,0 +1,268 @@
+"""From a Job to an open, verified, raw image: the one page where fetch, check and cache meet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+from lib import cache, checksum, fetch, image, log, run, unpack
+from lib.config import Config
+from lib.errors import Error, context
+from lib.params import Digest, Document, Job, Location
+
+LIST_LIMIT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An open raw image, ready to be copied to a disk."""
+
+    file: BinaryIO
+    size_bytes: int
+
+
+def options(settings: Config) -> fetch.Options:
+    """Return how to talk to HTTP servers, from cloudimage.conf."""
+    return fetch.Options(
+        proxy=settings.http_proxy,
+        ca_bundle=settings.http_ca_bundle,
+        connect_timeout_s=settings.http_connect_timeout,
+        read_timeout_s=settings.http_read_timeout,
+        retries=settings.http_retries,
+        max_size_bytes=settings.image_max_virtual_size,
+    )
+
+
+def store(settings: Config) -> cache.Cache:
+    """Return the node's cache of decoded images."""
+    return cache.Cache(settings.cache_dir, settings.cache_max_size, settings.cache_max_age)
+
+
+def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
+    """Read a small file of the node or of a server."""
+    if isinstance(location, Document) and location.data is not None:
+        data = location.data
+    elif location.url is not None:
+        return fetch.read(location.url, options(settings), limit_bytes)
+    else:
+        assert location.path is not None
+        with fetch.open_local(location.path) as file:
+            data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise Error(f"{location}: is larger than {log.size(limit_bytes)}")
+    return data
+
+
+@contextmanager
+def raw_image(job: Job) -> Iterator[Raw]:
+    """Hand out the image of the job; for as long as the block lasts, the cache keeps it."""
+    if job.image.url is not None:
+        with store(job.config).entry(_remote_key(job), lambda old, work: _refresh(job, old, work)) as entry:
+            yield Raw(entry.file, entry.size_bytes)
+        return
+    with _open_local(job) as file:
+        _check_local(job, file)
+        found = None
+        if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
+            found = image.inspect(file, job.format, job.config.image_max_virtual_size)
+        if found is not None and found.format == "raw":
+            yield Raw(file, found.virtual_size_bytes)
+            return
+        with store(job.config).entry(
+            _local_key(job, file), lambda old, work: None if old else _fill_local(job, file, work)
+        ) as entry:
+            yield Raw(entry.file, entry.size_bytes)
+
+
+# --- what is expected ------------------------------------------------------------------------
+
+
+def expected_digest(job: Job) -> Optional[Digest]:
+    """Return the digest that the image must have: pinned, or from the (verified) list."""
+    if job.checksum is None or isinstance(job.checksum, tuple):
+        return job.checksum
+    with context(f"reading the checksum list {job.checksum}"):
+        listing = read(job.checksum, job.config, LIST_LIMIT_BYTES)
+        if job.signature == "inline":
+            assert job.keyring is not None
+            listing = checksum.clearsigned(listing, job.keyring)
+        elif isinstance(job.signature, Location):
+            assert job.keyring is not None
+            signature = read(job.signature, job.config, LIST_LIMIT_BYTES)
+            checksum.verify_detached(listing, signature, job.keyring)
+        return checksum.find(listing, job.image.file_name)
+
+
+def _check_signature(job: Job, file: BinaryIO) -> None:
+    """Check a detached signature over the image itself: there is no list then."""
+    if job.checksum is None and isinstance(job.signature, Location):
+        assert job.keyring is not None
+        with context(f"checking the signature {job.signature} of {job.image}"):
+            signature = read(job.signature, job.config, LIST_LIMIT_BYTES)
+            checksum.verify_detached(file.fileno(), signature, job.keyring)
+
+
+def _warn_unverified(job: Job) -> None:
+    if job.checksum is None and job.signature is None:
+        log.warning(f"{job.image}: no checksum= is given, so nothing proves that it is genuine")
+
+
+# --- http(s) ---------------------------------------------------------------------------------
+
+
+def _remote_key(job: Job) -> str:
+    assert job.image.url is not None
+    key = {"url": _bare(job.image.url), "format": job.format}
+    if job.checksum is None and isinstance(job.signature, Location):
+        # verified once, when the entry was filled: by this keyring or not at all
+        assert job.keyring is not None
+        with fetch.open_local(job.keyring) as file:
+            key["keyring"] = hashlib.sha256(file.read()).hexdigest()
+    return json.dumps(key, sort_keys=True)
+
+
+def _bare(url: str) -> str:
+    """Return the URL without user and password."""
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def _refresh(
+    job: Job, old: Optional[cache.Note], work: Path
+) -> Optional[tuple[Path, cache.Note]]:
+    """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
+    try:
+        expected = expected_digest(job)
+        if old is not None and expected is not None and old["digests"].get(expected[0]) == expected[1]:
+            log.step(f"image: {job.image} is in the cache ({expected[0]} as expected)")
+            return None
+        known = old if expected is None else None
+        return _fetch(job, expected, known, work)
+    except fetch.Unavailable as error:
+        if old is None or isinstance(job.checksum, tuple):
+            raise
+        log.warning(f"{error.message}; using the copy in the cache, fetched {old['fetched']}")
+        return None
+
+
+def _fetch(
+    job: Job, expected: Optional[Digest], known: Optional[cache.Note], work: Path
+) -> Optional[tuple[Path, cache.Note]]:
+    """Download, verify and decode; None if the server says that the known entry is current."""
+    assert job.image.url is not None
+    algorithm = expected[0] if expected else "sha256"
+    path = work / "download"
+    with path.open("w+b") as file:
+        response = fetch.download(
+            job.image.url,
+            file,
+            options(job.config),
+            algorithms=(algorithm,),
+            etag=known["etag"] if known else None,
+            last_modified=known["last_modified"] if known else None,
+            need_framing=expected is None,
+        )
+        if response is None:
+            log.step(f"image: {job.image} is in the cache (not modified)")
+            return None
+        _warn_unverified(job)
+        if expected is not None:
+            actual = response.digests[algorithm]
+            if actual != expected[1] and isinstance(job.checksum, Location):
+                # the list and the image of a "latest" URL change one after the other
+                expected = expected_digest(job) or expected
+            checksum.check(expected, actual, str(job.image))
+        _check_signature(job, file)
+        raw = _decoded(job, file, path, work)
+    return raw, {
+        "url": log.redact(_bare(job.image.url)),
+        "digests": dict(response.digests),
+        "etag": response.etag,
+        "last_modified": response.last_modified,
+        "download_bytes": response.size_bytes,
+        "fetched": _now(),
+    }
+
+
+# --- files of the node -----------------------------------------------------------------------
+
+
+def _open_local(job: Job) -> BinaryIO:
+    assert job.image.path is not None
+    allowed = job.config.image_local_paths
+    file = fetch.open_local(job.image.path)
+    # the name of what was opened, not of what the path stands for by now
+    real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    if allowed and not any(base in real.parents for base in allowed):
+        file.close()
+        raise Error(
+            f"image={job.image}: is outside [image] local_paths of cloudimage.conf",
+            f"move it below {allowed[0]}",
+        )
+    return file
+
+
+def _check_local(job: Job, file: BinaryIO) -> None:
+    """Check digest and signature of a local image, at every use."""
+    expected = expected_digest(job)
+    if expected is not None:
+        checksum.check(expected, checksum.digest(file, expected[0]), str(job.image))
+    _check_signature(job, file)
+    _warn_unverified(job)
+
+
+def _local_key(job: Job, file: BinaryIO) -> str:
+    status = os.fstat(file.fileno())
+    identity: dict[str, Any] = {"path": str(job.image.path), "format": job.format}
+    identity |= {"size": status.st_size, "mtime": status.st_mtime_ns, "inode": status.st_ino}
+    return json.dumps(identity, sort_keys=True)
+
+
+def _fill_local(job: Job, file: BinaryIO, work: Path) -> tuple[Path, cache.Note]:
+    raw = _decoded(job, file, None, work)
+    return raw, {"url": f"file://{job.image.path}", "digests": {}, "fetched": _now()}
+
+
+# --- decoding --------------------------------------------------------------------------------
+
+
+def _decoded(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path:
+    """Return a sparse raw file in `work`; `path` is that of `file` if it may be used up."""
+    limit = job.config.image_max_virtual_size
+    with context(f"decoding {job.image}"):
+        if unpack.detect(os.pread(file.fileno(), 512, 0)) is not None:
+            unpacked = work / "unpacked"
+            with unpacked.open("w+b") as output:
+                unpack.unpack(file, output, limit)
+                if path is not None:
+                    path.unlink()
+                return _decoded_image(job, output, unpacked, work)
+        raw = _decoded_image(job, file, path, work)
+        if raw == path:  # a download has its zeroes written out
+            run.run(["fallocate", "--dig-holes", os.fspath(raw)])
+        return raw
+
+
+def _decoded_image(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path:
+    found = image.inspect(file, job.format, job.config.image_max_virtual_size)
+    if found.format == "raw" and path is not None:
+        os.truncate(path, found.virtual_size_bytes)
+        return path
+    raw = work / "raw"
+    with raw.open("w+b") as output:
+        image.decode(file, found, output)
+    if path is not None:
+        path.unlink()
+    return raw
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
