@@ -1,0 +1,394 @@
+"""The node's cache of decoded images: what is in its directory, and who may change it when.
+
+An entry called NAME (the sha256 of its key) is made of
+
+    NAME.json       the note; the entry exists if and only if this is whole and fits the raw file
+    NAME.HEX.raw    the image, sparse; its mtime says when it was made
+    NAME.lock       flock, exclusive: without it nobody changes or opens any file of NAME
+    NAME.work/      where the holder of that lock fills the entry
+
+and an open entry keeps a shared flock on its raw file, so that it is not evicted. Everything else
+that begins with NAME was left by a killed process, or has just been replaced: one sweep under the
+lock, before and after each fill, removes it. The note's mtime is the time of the last use.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Callable, Optional
+
+from lib import log
+from lib.errors import Error, context, describe
+
+# Raise this when the checks of downloads or images get stronger: what was let in by the weaker
+# ones must not be used again.
+CHECKS_VERSION = 1
+
+FALLBACK = "/var/tmp"
+NOTE_LIMIT_BYTES = 1 << 20
+
+Note = Mapping[str, Any]  # JSON
+Refresh = Callable[[Optional[Note], Path], Optional[tuple[Path, Note]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image in use: `file` is open and locked, and readable whatever happens to its name."""
+
+    file: BinaryIO
+    size_bytes: int
+    note: Note
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An entry as `cloudimage cache` lists it; times in seconds before now."""
+
+    raw: Path
+    note: Note
+    allocated_bytes: int
+    age_s: float
+    idle_s: float  # since the last use
+
+    @property
+    def name(self) -> str:
+        """The sha256 of the entry's key."""
+        return self.raw.name.partition(".")[0]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether some process has the entry open right now."""
+        try:
+            with open(self.raw, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass
+        return False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The directory and its limits: bytes on disk (holes are free), seconds since the last use."""
+
+    directory: Path
+    max_size_bytes: int
+    max_age_s: float
+
+    @contextmanager
+    def entry(self, key: str, refresh: Refresh) -> Iterator[Entry]:
+        """Open the entry of `key`, made or revalidated by `refresh`; it is not evicted meanwhile.
+
+        refresh(note, work) runs under the entry's lock; processes that want the same entry wait,
+        and then their own refresh sees the new note. It gets the note of the entry, or None, and a
+        private empty directory; it returns None if the entry is still good, or else the complete
+        raw file (in that directory) and its note. What it raises passes through, and the old entry
+        stays; only a full file system is put into words of our own. A directory that cannot be used
+        is a WARNING, and the image is made in a temporary one, for this use only.
+        """
+        name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        with ExitStack() as filling:
+            try:
+                with context(f"cache {self.directory}"):
+                    self._make_directory()
+                    work = filling.enter_context(self._filling(name))
+            except Error as error:
+                log.warning(f"{error}; the image is not kept")
+                file, note = _uncached(refresh)
+            else:
+                file, note = self._refreshed(name, refresh, work)
+        with file:
+            yield Entry(file, os.fstat(file.fileno()).st_size, note)
+
+    def entries(self) -> list[Stored]:
+        """List what is cached, the least recently used first; Error if the directory is unsafe."""
+        # A second look finds the entry that was replaced between note and raw file at the first.
+        found = (self._look(name) or self._look(name) for name in self._names())
+        return sorted((each for each in found if each), key=lambda each: -each.idle_s)
+
+    def prune(self, everything: bool = False) -> list[Stored]:
+        """Remove leftovers and what is too old or too much, or all; never an entry in use.
+
+        Returns the removed entries. Error if the directory is unsafe.
+        """
+        for name, files in self._names().items():
+            if files - _files(self._look(name)):
+                with self._locked(name, wait=False) as locked:
+                    if locked:
+                        self._sweep(name)
+        entries = self.entries()
+        excess_bytes = sum(each.allocated_bytes for each in entries) - self.max_size_bytes
+        removed = []
+        for each in entries:
+            due = everything or each.idle_s > self.max_age_s or excess_bytes > 0
+            if due and self._remove(each.name):
+                excess_bytes -= each.allocated_bytes
+                removed.append(each)
+        return removed
+
+    def _make_directory(self) -> None:
+        """Make the directory and its parents where they are missing; Error if it is unsafe."""
+        for parent in reversed(self.directory.parents):
+            try:
+                parent.mkdir()
+                parent.chmod(0o755)  # whatever the umask
+            except FileExistsError:
+                pass
+        self.directory.mkdir(0o700, exist_ok=True)
+        self._check_directory()
+
+    def _check_directory(self) -> None:
+        """Raise an Error if others could put files into the directory, or another in its place."""
+        if not stat.S_ISDIR(self.directory.lstat().st_mode):
+            raise Error("is not a directory, or a symbolic link to one")
+        real = self.directory.resolve()
+        for path in (real, *real.parents):
+            status = path.stat()
+            if status.st_uid != os.geteuid() and (path == real or status.st_uid != 0):
+                raise Error(f"{path} belongs to user {status.st_uid}")
+            sticky = path != real and status.st_mode & stat.S_ISVTX
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+                raise Error(f"{path} can be written by others, mode {status.st_mode & 0o7777:04o}")
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self.directory / f"{name}.{kind}"
+
+    def _names(self) -> dict[str, set[str]]:
+        """Return the files of the directory by entry; what does not look like ours is not ours."""
+        names: dict[str, set[str]] = {}
+        if os.path.lexists(self.directory):
+            with context(f"cache {self.directory}"):
+                self._check_directory()
+                for file in os.listdir(self.directory):
+                    if re.fullmatch(r"[0-9a-f]{64}\..+", file):
+                        names.setdefault(file[:64], set()).add(file)
+        return names
+
+    @contextmanager
+    def _locked(self, name: str, wait: bool) -> Iterator[bool]:
+        """Hold the entry's lock; without `wait` the block may run without it, and is told so.
+
+        The lock file goes with the entry. So who gets the lock must look whether it still is the
+        file of that name: if not, whoever removed it had the lock, and another may have it now.
+        """
+        path = self._path(name, "lock")
+        told = False
+        while True:
+            with open(path, "ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        yield False
+                        return
+                    if not told:
+                        log.step("cache: waiting for another process that fetches this image")
+                        told = True
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_named(file, path):
+                    continue
+                try:
+                    yield True
+                finally:
+                    if not self._path(name, "json").exists():
+                        with suppress(OSError):
+                            path.unlink()
+                return
+
+    @contextmanager
+    def _filling(self, name: str) -> Iterator[Path]:
+        """Hold the entry's lock, and make and remove its work directory."""
+        with self._locked(name, wait=True):
+            self._sweep(name)
+            self.prune()
+            work = self._path(name, "work")
+            work.mkdir(0o700)
+            try:
+                yield work
+            finally:
+                self._sweep(name)
+
+    def _refreshed(self, name: str, refresh: Refresh, work: Path) -> tuple[BinaryIO, Note]:
+        """Let `refresh` judge or make the entry, and open it; the lock must be held."""
+        with _full_file_system_explained(self.directory, work):
+            old = self._read(name)
+            made = refresh(None if old is None else old.note, work)
+            if made is not None:
+                self._publish(name, work, *made)
+        stored = self._read(name)
+        if stored is None:
+            raise RuntimeError("refresh() returned None, but there is no entry to keep")
+        file = stored.raw.open("rb")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os.utime(self._path(name, "json"))
+        if made is not None:
+            for each in self.prune():
+                log.step(f"cache: removed {each.note.get('url', each.name)} to make room")
+        return file, stored.note
+
+    def _publish(self, name: str, work: Path, raw: Path, note: Note) -> None:
+        """Put the raw file in place, then the note that names it: the second rename commits."""
+        file = f"{name}.{secrets.token_hex(8)}.raw"
+        with open(raw, "rb") as source:
+            os.fchmod(source.fileno(), 0o600)
+            os.fsync(source)
+            status = os.fstat(source.fileno())
+        os.rename(raw, self.directory / file)
+        identity = {"file": file, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        text = json.dumps({**note, **identity, "version": CHECKS_VERSION}, indent=2)
+        with open(work / "note", "x") as output:
+            output.write(text + "\n")
+            output.flush()
+            os.fsync(output)
+        os.replace(work / "note", self._path(name, "json"))
+        # Should a crash keep the second rename and not the first, then the note fits no file.
+        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _read(self, name: str) -> Optional[Stored]:
+        """Read the note; None if there is none, ValueError if it is damaged or fits no raw file."""
+        path = self._path(name, "json")
+        try:
+            with path.open("rb") as file:
+                used = os.fstat(file.fileno()).st_mtime
+                note = json.loads(file.read(NOTE_LIMIT_BYTES))
+            if not isinstance(note, dict):
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ValueError(describe(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError("is not a JSON object") from error
+        if note.get("version") != CHECKS_VERSION:
+            raise ValueError(f"is of version {note.get('version')!r}, not {CHECKS_VERSION}")
+        named = note.get("file")
+        if not isinstance(named, str) or not re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.raw", named):
+            raise ValueError(f"names the file {named!r}, which is none of this entry")
+        raw = self.directory / named
+        try:
+            status = raw.lstat()
+        except OSError as error:
+            raise ValueError(describe(error)) from error
+        found = (stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime_ns)
+        if found != (True, note.get("size"), note.get("mtime_ns")):
+            raise ValueError(f"does not fit {named}, which was changed since")
+        now = time.time()
+        return Stored(raw, note, status.st_blocks * 512, now - status.st_mtime, now - used)
+
+    def _look(self, name: str) -> Optional[Stored]:
+        """Read the note without the lock: damaged may as well mean that it was just replaced."""
+        with suppress(ValueError):
+            return self._read(name)
+        return None
+
+    def _remove(self, name: str) -> bool:
+        """Remove the entry unless it is in use or being filled; say whether it is gone."""
+        with self._locked(name, wait=False) as locked:
+            stored = self._look(name) if locked else None
+            if stored is None or stored.in_use:
+                return False
+            self._path(name, "json").unlink()
+            self._sweep(name)
+        return True
+
+    def _sweep(self, name: str) -> None:
+        """Delete what begins with the entry's name but does not belong to it; the lock is held."""
+        keep = {f"{name}.lock"}
+        try:
+            keep |= _files(self._read(name))
+        except ValueError as error:
+            log.warning(f"{self._path(name, 'json')}: {error}; this entry is dropped")
+        for path in self.directory.glob(f"{name}.*"):
+            if path.name not in keep:
+                try:
+                    _delete(path)
+                except OSError as error:
+                    log.warning(f"cleaning the cache: {describe(error)}")
+
+
+def _files(stored: Optional[Stored]) -> set[str]:
+    """Return the names of the files that make up an entry, none for no entry."""
+    if stored is None:
+        return set()
+    return {f"{stored.name}.json", f"{stored.name}.lock", stored.raw.name}
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _is_named(file: IO[bytes], path: Path) -> bool:
+    """Say whether the open file still is the one that the name stands for."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _uncached(refresh: Refresh) -> tuple[BinaryIO, Note]:
+    """Make the image in a temporary directory; it has no name any more when this returns."""
+    with tempfile.TemporaryDirectory(prefix="ganeti-instance-cloudimage.", dir=FALLBACK) as made_in:
+        work = Path(made_in)
+        with _full_file_system_explained(work.parent, work):
+            made = refresh(None, work)
+        if made is None:
+            raise RuntimeError("refresh() returned None, but there is no entry to keep")
+        return open(made[0], "rb"), made[1]
+
+
+@contextmanager
+def _full_file_system_explained(directory: Path, work: Path) -> Iterator[None]:
+    """Turn whatever failed because the file system is full into one Error with the way out.
+
+    A program that wrote for us tells only by its words: so the file system is asked too.
+    """
+    try:
+        yield
+    except (Error, OSError) as error:
+        if not (_is_full(error) or _has_no_room(work)):
+            raise
+        written = log.size(sum(path.lstat().st_blocks * 512 for path in work.rglob("*")))
+        raise Error(
+            f"no space left in {directory} after {written} of the image"
+            + (f" ({error.message})" if isinstance(error, Error) else ""),
+            "run cloudimage prune, or change dir or lower max_size in [cache] of cloudimage.conf",
+        ) from error
+
+
+def _is_full(error: Optional[BaseException]) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _has_no_room(directory: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, 4 << 20)
+    except OSError as error:
+        return _is_full(error)
+    return False
