@@ -1,0 +1,276 @@
+"""The guest's network: Ganeti's NICs as a cloud-init network-config of version 1 or 2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+    ip_address,
+    ip_interface,
+    ip_network,
+)
+from typing import Any, Optional, Union
+
+from lib import log
+from lib.environment import Nic
+from lib.errors import Error
+
+Address = Union[IPv4Address, IPv6Address]
+
+COMMUNICATION_PREFIX_LENGTH = 16  # of 169.254.0.0/16, Ganeti's constants.py
+# A routed NIC without a network has an address but no prefix and no gateway. Ganeti's net-common
+# routes the address to the tap and turns on proxy ARP there: the node answers for every address
+# that it can route itself, so any one is a gateway; a link-local one hides no address from the
+# guest. There is no such proxy for IPv6: the administrator puts this one on the tap, as is usual.
+ROUTED_GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("fe80::1")}
+DEFAULT_ROUTES = {4: "0.0.0.0/0", 6: "::/0"}  # "default" crashes most renderers before 25.3
+_DOMAIN = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
+
+
+@dataclass(frozen=True)
+class _Static:
+    interface: Union[IPv4Interface, IPv6Interface]
+    gateway: Optional[Address]
+
+    @property
+    def family(self) -> int:
+        return self.interface.version
+
+    @property
+    def on_link(self) -> bool:
+        """Whether the gateway is outside the subnet, so that the guest must be told it is there."""
+        if self.gateway is None or self.gateway in self.interface.network:
+            return False
+        return self.family == 4 or not self.gateway.is_link_local
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One NIC: the families that it asks DHCP for, its own addresses, and the resolver's data."""
+
+    nic: Nic
+    dhcp: tuple[int, ...] = ()
+    static: tuple[_Static, ...] = ()
+    dns: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"eth{self.nic.index}"
+
+
+def config(
+    nics: Sequence[Nic],
+    version: int,
+    mode: str,
+    dns_servers: Sequence[str],
+    dns_search: Sequence[str],
+) -> dict[str, Any]:
+    """Return the network-config document of these NICs; Error names the variable that is wrong.
+
+    mode "auto": static where Ganeti knows address and prefix, else DHCP; "dhcp": DHCP everywhere
+    but on the communication NIC. Version 2 keeps to the keys that FreeBSD's nuageinit knows
+    (gateway4, gateway6), and has a route only where on-link must be said.
+    https://docs.cloud-init.io/en/latest/reference/network-config.html
+    """
+    dns = _dns(dns_servers, dns_search)
+    _check_macs(nics)
+    links = _one_gateway_a_family([_link(nic, mode) for nic in nics])
+    carriers = [n for n, link in enumerate(links) if not link.nic.is_communication]
+    if dns and carriers:
+        # all on one NIC: some renderers keep the last list only
+        carrier = min(carriers, key=lambda n: not any(each.gateway for each in links[n].static))
+        links[carrier] = replace(links[carrier], dns=dns)
+    if version == 1:
+        return {"version": 1, "config": [_version1(link) for link in links]}
+    return {"version": 2, "ethernets": {link.name: _version2(link) for link in links}}
+
+
+def _version1(link: _Link) -> dict[str, Any]:
+    subnets: list[dict[str, Any]] = [
+        {"type": "dhcp" if family == 4 else "dhcp6"} for family in link.dhcp
+    ]
+    for each in link.static:
+        subnet = {
+            "type": "static" if each.family == 4 else "static6",
+            "address": str(each.interface),
+        }
+        if each.gateway is not None:
+            subnet["gateway"] = str(each.gateway)
+        subnets.append(subnet)
+    subnets[0].update({f"dns_{key}": value for key, value in link.dns.items()})
+    return {
+        "type": "physical",
+        "name": link.name,
+        "mac_address": link.nic.mac,
+        "subnets": subnets,
+    }
+
+
+def _version2(link: _Link) -> dict[str, Any]:
+    entry: dict[str, Any] = {"match": {"macaddress": link.nic.mac}, "set-name": link.name}
+    entry.update({f"dhcp{family}": True for family in link.dhcp})
+    if link.static:
+        entry["addresses"] = [str(each.interface) for each in link.static]
+    for each in link.static:
+        if each.on_link:
+            route = {"to": DEFAULT_ROUTES[each.family], "via": str(each.gateway), "on-link": True}
+            entry.setdefault("routes", []).append(route)
+        elif each.gateway is not None:
+            entry[f"gateway{each.family}"] = str(each.gateway)
+    if link.dns:
+        names = {"nameservers": "addresses", "search": "search"}
+        entry["nameservers"] = {names[key]: value for key, value in link.dns.items()}
+    return entry
+
+
+def _link(nic: Nic, mode: str) -> _Link:
+    """Decide how this NIC gets its addresses."""
+    ip = None if nic.ip is None else _ip(f"NIC_{nic.index}_IP", nic.ip)
+    if nic.is_communication and ip is not None:
+        return _Link(nic, static=(_Static(_with_prefix(ip, COMMUNICATION_PREFIX_LENGTH), None),))
+    if mode == "dhcp":
+        return _Link(nic, dhcp=(4,))
+    family = 4 if ip is None else ip.version
+    own = None if ip is None else _static(nic, ip)
+    derived = None if family == 6 else _derived(nic)
+    return _Link(
+        nic,
+        dhcp=() if own else (family,),
+        static=tuple(each for each in (own, derived) if each is not None),
+    )
+
+
+def _static(nic: Nic, ip: Address) -> Optional[_Static]:
+    """Return the NIC's own address; None if nothing tells its prefix."""
+    subnet, gateway = _network(nic, ip.version)
+    if subnet is None:
+        if nic.mode != "routed":
+            return None
+        return _Static(_with_prefix(ip, ip.max_prefixlen), ROUTED_GATEWAYS[ip.version])
+    if ip not in subnet:
+        suffix = "" if ip.version == 4 else "6"
+        raise Error(
+            f"NIC_{nic.index}_IP={ip} is outside NIC_{nic.index}_NETWORK_SUBNET{suffix}={subnet}",
+            f"give it another with gnt-instance modify --net {nic.index}:modify,ip=pool",
+        )
+    return _Static(_with_prefix(ip, subnet.prefixlen), gateway)
+
+
+def _derived(nic: Nic) -> Optional[_Static]:
+    """Return the IPv6 address beside an IPv4 one: the network's prefix and the MAC's EUI-64.
+
+    A NIC has one IP in Ganeti; its network's IPv6 values are there "for EUI64 generation from a
+    NIC's MAC address" (gnt-network(8)). Written down, it waits for no router's advertisement.
+    """
+    subnet, gateway = _network(nic, 6)
+    if subnet is None:
+        return None
+    if subnet.prefixlen != 64:
+        log.warning(
+            f"NIC_{nic.index}_NETWORK_SUBNET6={subnet}: no IPv6 address for the guest,"
+            " one made of its MAC needs a /64"
+        )
+        return None
+    mac = bytes.fromhex(nic.mac.replace(":", ""))
+    eui64 = bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+    address = IPv6Address(subnet.network_address.packed[:8] + eui64)
+    return _Static(_with_prefix(address, 64), gateway)
+
+
+def _one_gateway_a_family(links: Sequence[_Link]) -> list[_Link]:
+    """Keep the first default gateway of each family.
+
+    A second default route is an error to ifupdown, which then leaves that NIC down, and a matter
+    of chance elsewhere.
+    """
+    seen: set[int] = set()
+    result = []
+    for link in links:
+        static = []
+        for each in link.static:
+            if each.gateway is not None and each.family in seen:
+                each = replace(each, gateway=None)
+            elif each.gateway is not None:
+                seen.add(each.family)
+            static.append(each)
+        result.append(replace(link, static=tuple(static)))
+    return result
+
+
+def _network(
+    nic: Nic, family: int
+) -> tuple[Union[IPv4Network, IPv6Network, None], Optional[Address]]:
+    """Return subnet and gateway of this family of the NIC's Ganeti network."""
+    suffix = "" if family == 4 else "6"
+    subnet_text, gateway_text = (
+        (nic.subnet, nic.gateway) if family == 4 else (nic.subnet6, nic.gateway6)
+    )
+    if subnet_text is None:
+        return None, None
+    variable = f"NIC_{nic.index}_NETWORK_SUBNET{suffix}"
+    try:
+        subnet = ip_network(subnet_text, strict=False)
+    except ValueError:
+        subnet = None
+    if subnet is None or subnet.version != family:
+        raise Error(
+            f"{variable}={subnet_text!r} is not an IPv{family} network",
+            "make a right one with gnt-network add, and connect the NIC to it",
+        )
+    if gateway_text is None:
+        return subnet, None
+    variable = f"NIC_{nic.index}_NETWORK_GATEWAY{suffix}"
+    gateway = _ip(variable, gateway_text)
+    if gateway.version != family:
+        raise Error(
+            f"{variable}={gateway} is not an IPv{family} address",
+            f"correct it with gnt-network modify --gateway{suffix}=ADDRESS",
+        )
+    return subnet, gateway
+
+
+def _ip(what: str, value: str) -> Address:
+    try:
+        address = ip_address(value)
+    except ValueError:
+        address = None
+    if address is None or "%" in value:  # a zone means something on one machine only
+        raise Error(
+            f"{what}={value!r} is not an IP address", "write it as 192.0.2.10 or 2001:db8::10"
+        )
+    return address
+
+
+def _with_prefix(address: Address, length: int) -> Union[IPv4Interface, IPv6Interface]:
+    return ip_interface(f"{address}/{length}")
+
+
+def _check_macs(nics: Sequence[Nic]) -> None:
+    """The guest tells its NICs apart by their MACs."""
+    first: dict[str, int] = {}
+    for nic in nics:
+        other = first.setdefault(nic.mac, nic.index)
+        if other != nic.index:
+            raise Error(
+                f"NIC_{nic.index}_MAC={nic.mac} is NIC_{other}_MAC too",
+                f"give it another with gnt-instance modify --net {nic.index}:modify,mac=generate",
+            )
+
+
+def _dns(servers: Sequence[str], search: Sequence[str]) -> dict[str, list[str]]:
+    """Return what the resolver gets, by version 1's words without their dns_."""
+    for domain in search:
+        if not _DOMAIN.fullmatch(domain):
+            raise Error(f"dns_search={domain!r} is not a domain", "write it as example.com")
+    result = {
+        "nameservers": [str(_ip("dns_servers", server)) for server in servers],
+        "search": list(search),
+    }
+    return {key: value for key, value in result.items() if value}
