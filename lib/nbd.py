@@ -1,0 +1,110 @@
+"""A disk that only has a URI (rbd:, gluster:): qemu-nbd serves it, and this is the client.
+
+Format: doc/proto.md of https://github.com/NetworkBlockDevice/nbd, fixed newstyle handshake and
+simple replies. qemu-img alone would do for whole images, but it neither writes to a pipe nor
+reads from one, and its dd counts `count=` from the image's start when `skip=` is given.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lib import log, run
+from lib.errors import Error
+
+CONNECT_TIMEOUT_S = 60.0  # a Ceph cluster may take its time
+ZERO_LIMIT_BYTES = 1 << 30
+READ, WRITE, DISCONNECT, FLUSH, WRITE_ZEROES = 0, 1, 2, 3, 6
+
+
+class Connection:
+    """An export, by requests that end before the next one starts."""
+
+    def __init__(self, server: socket.socket, uri: str) -> None:
+        self.server = server
+        self.uri = uri
+        magic, version, _flags = struct.unpack(">8s8sH", self._receive(18))
+        if (magic, version) != (b"NBDMAGIC", b"IHAVEOPT"):
+            raise Error(f"{uri}: qemu-nbd does not speak NBD's newstyle handshake")
+        # client flags: fixed newstyle, no padding; option 1 names the export (the empty name)
+        server.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0))
+        self.size_bytes: int = struct.unpack(">QH", self._receive(10))[0]
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on."""
+        return self._request(READ, offset, length, answer_bytes=length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write `data` at `offset`."""
+        self._request(WRITE, offset, len(data), data)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes; the storage may drop what it held."""
+        for start in range(offset, offset + length, ZERO_LIMIT_BYTES):
+            self._request(WRITE_ZEROES, start, min(ZERO_LIMIT_BYTES, offset + length - start))
+
+    def sync(self) -> None:
+        """Return when everything written is on stable storage."""
+        self._request(FLUSH)
+
+    def close(self) -> None:
+        """Tell the server that this was all, so that it ends."""
+        self.server.sendall(struct.pack(">IHHQQI", 0x25609513, 0, DISCONNECT, 0, 0, 0))
+        self.server.shutdown(socket.SHUT_WR)
+
+    def _request(
+        self, kind: int, offset: int = 0, length: int = 0, data: bytes = b"", answer_bytes: int = 0
+    ) -> bytes:
+        self.server.sendall(struct.pack(">IHHQQI", 0x25609513, 0, kind, 0, offset, length))
+        self.server.sendall(data)
+        magic, error, _cookie = struct.unpack(">IIQ", self._receive(16))
+        if magic != 0x67446698:
+            raise Error(f"{self.uri}: qemu-nbd sent what is no reply")
+        if error:
+            raise Error(f"{self.uri}: {os.strerror(error)}")
+        return self._receive(answer_bytes)
+
+    def _receive(self, length: int) -> bytes:
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            count = self.server.recv_into(view)
+            if count == 0:
+                raise Error(f"{self.uri}: qemu-nbd closed the connection")
+            view = view[count:]
+        return bytes(data)
+
+
+@contextmanager
+def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
+    """Open the raw disk that qemu finds under `uri`; on leaving, what was written is flushed."""
+    with tempfile.TemporaryDirectory(prefix="cloudimage-") as directory:
+        path = os.path.join(directory, "nbd")
+        command = ["qemu-nbd", "--format=raw", "--cache=writeback", "--discard=unmap"]
+        command += [f"--socket={path}", *([] if writable else ["--read-only"]), "--", uri]
+        with run.process(command) as child, socket.socket(socket.AF_UNIX) as server:
+            deadline = time.monotonic() + CONNECT_TIMEOUT_S
+            while server.connect_ex(path) != 0:
+                if child.poll() is not None:
+                    assert child.stderr is not None
+                    words = child.stderr.read(4096).decode("ascii", "backslashreplace").strip()
+                    raise Error(
+                        f"{uri}: {log.printable(words, 200)}",
+                        "qemu's driver for it may be a package of its own (qemu-block-extra; "
+                        "EL: qemu-kvm-block-*)",
+                    )
+                if time.monotonic() > deadline:
+                    raise Error(f"{uri}: qemu-nbd did not open it within {CONNECT_TIMEOUT_S:g} s")
+                time.sleep(0.01)
+            connection = Connection(server, uri)
+            yield connection
+            if writable:
+                connection.sync()
+            connection.close()
+            child.wait()
