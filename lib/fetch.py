@@ -1,0 +1,238 @@
+"""A URL or a path of the node -> bytes: retries, resuming, length, size and digests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional
+
+from lib import http, log
+from lib.errors import Error
+from lib.http import Options, Unavailable
+
+if TYPE_CHECKING:
+    from requests.adapters import HTTPAdapter
+
+__all__ = ["Options", "Response", "Unavailable", "download", "open_local", "probe", "read"]
+
+ONE_BYTE = {"Range": "bytes=0-0"}
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a download came to: bytes, digests (lower-case hex), validators for the next time."""
+
+    size_bytes: int
+    digests: Mapping[str, str]
+    etag: Optional[str]
+    last_modified: Optional[str]
+
+
+def download(
+    url: str,
+    output: BinaryIO,
+    options: Options,
+    *,
+    algorithms: Sequence[str] = ("sha256",),
+    etag: Optional[str] = None,
+    last_modified: Optional[str] = None,
+    need_framing: bool = False,
+) -> Optional[Response]:
+    """Write the body at `url` to `output`, a fresh file; None if it is still what etag stands for.
+
+    need_framing refuses a body whose end only the closed connection would tell. Unavailable after
+    all retries; any other Error is a definite no. Main thread only (http.py uses SIGALRM).
+    """
+    conditions = {"If-None-Match": etag, "If-Modified-Since": last_modified}
+    headers = {key: value for key, value in conditions.items() if value}
+    progress = log.Progress(f"fetch: {log.redact(url)}", None)
+    transfer = _Transfer(url, output, options, algorithms, headers, need_framing, progress)
+    try:
+        modified = transfer.run()
+    finally:
+        seconds = progress.end()
+    if not modified:
+        return None
+    log.step(f"fetch: {log.size(transfer.received)} in {seconds:.0f} s")
+    digests = {name: digest.hexdigest() for name, digest in transfer.digests.items()}
+    return Response(transfer.received, digests, transfer.etag, transfer.last_modified)
+
+
+def read(url: str, options: Options, limit_bytes: int) -> bytes:
+    """Return the body of a small document; Error if it is larger than limit_bytes."""
+    output = io.BytesIO()
+    _Transfer(url, output, replace(options, max_size_bytes=limit_bytes)).run()
+    return output.getvalue()
+
+
+def probe(url: str, options: Options) -> None:
+    """Raise an Error if create would get a definite no; silence and trouble pass.
+
+    Asks for one byte with GET, because many servers refuse HEAD or answer it otherwise.
+    """
+    quick = replace(
+        options,
+        connect_timeout_s=min(3.0, options.connect_timeout_s),
+        read_timeout_s=min(5.0, options.read_timeout_s),
+    )
+    try:
+        with http.connected(quick) as adapter, http.get(adapter, url, quick, ONE_BYTE) as answer:
+            if answer.status in http.REFUSED:
+                raise answer.failure()
+    except http.Broken:
+        pass
+
+
+def open_local(path: Path) -> BinaryIO:
+    """Open an image of the node, once: a regular file under this very name and nothing else."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Error(f"{path}: is a symbolic link", "name the file itself") from error
+        if error.errno == errno.ENXIO:
+            raise Error(f"{path}: is not a regular file") from error
+        raise Error(f"{path}: {error.strerror}") from error
+    file = os.fdopen(descriptor, "rb")
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise Error(f"{path}: is {kind}", "name an image file")
+        if status.st_size == 0:
+            raise Error(f"{path}: is empty")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+@dataclass
+class _Transfer:
+    """One download: what is asked for, and what has arrived over all attempts."""
+
+    url: str
+    output: BinaryIO
+    options: Options
+    algorithms: Sequence[str] = ()
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    need_framing: bool = False
+    progress: Optional[log.Progress] = None
+    received: int = 0
+    total: Optional[int] = None
+    etag: Optional[str] = None
+    last_modified: Optional[str] = None
+    digests: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> bool:
+        """Try until the body is whole; False if it is not modified."""
+        options, shown = self.options, log.redact(self.url)
+        with http.connected(options) as adapter:
+            for attempt in range(options.retries + 1):
+                try:
+                    return self._attempt(adapter)
+                except http.Broken as broken:
+                    if attempt == options.retries:
+                        message = f"{shown}: {broken} (attempt {attempt + 1}, the last)"
+                        raise Unavailable(message, http.UNAVAILABLE_HINT) from broken
+                    pause_s = max(options.pause_s * 2**attempt, broken.after_s)
+                    pause_s = min(pause_s, options.max_pause_s)
+                    reason = str(broken)
+                if self.progress:
+                    self.progress.end()
+                log.step(
+                    f"fetch: {shown}: {reason}; "
+                    f"retry {attempt + 1} of {options.retries} in {pause_s:g} s"
+                )
+                time.sleep(pause_s)
+        raise AssertionError("not reached")
+
+    def _attempt(self, adapter: HTTPAdapter) -> bool:
+        resume = self._resume_headers()
+        if not resume:
+            self._restart()
+        with http.get(adapter, self.url, self.options, resume or self.conditions) as answer:
+            if answer.status == 304 and self.conditions and not resume:
+                return False
+            if answer.status == 206 and resume:
+                self._continue(answer)
+            elif answer.status == 416 and resume:
+                self._restart()
+                raise http.Broken("the rest is no longer there, starting over")
+            elif answer.status == 200:
+                self._begin(answer)
+            else:
+                raise answer.failure()
+            while block := answer.block():
+                self._add(block, answer.shown)
+        if self.total is not None and self.received != self.total:
+            raise http.Broken(f"the connection ended after {self.received} of {self.total} bytes")
+        if not self.received:
+            raise Error(f"{answer.shown}: the body is empty", "check the URL")
+        self.output.flush()
+        return True
+
+    def _resume_headers(self) -> dict[str, str]:
+        """Return what asks for the rest, if a strong ETag can tell the file (RFC 9110 13.1.5)."""
+        if not self.received or self.total is None or not (self.etag or "").startswith('"'):
+            return {}
+        return {"Range": f"bytes={self.received}-", "If-Range": self.etag or ""}
+
+    def _restart(self) -> None:
+        self.output.seek(0)
+        self.output.truncate()
+        self.received, self.total, self.etag = 0, None, None
+        self.digests = {name: hashlib.new(name) for name in self.algorithms}
+
+    def _begin(self, answer: http.Answer) -> None:
+        """Take the header of a whole body, and refuse one that cannot be trusted."""
+        self._restart()
+        headers, length = answer.headers, answer.length()
+        encoding = headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise Error(f"{answer.shown}: came with Content-Encoding {encoding}, unasked")
+        if self.need_framing and length is None and "Transfer-Encoding" not in headers:
+            raise Error(
+                f"{answer.shown}: came with neither a length nor chunks; a cut would go unnoticed",
+                "set checksum",
+            )
+        self._fits(length or 0, answer.shown)
+        self.total, self.etag = length, headers.get("ETag")
+        self.last_modified = headers.get("Last-Modified")
+        if self.progress:
+            self.progress.total_bytes = length
+
+    def _continue(self, answer: http.Answer) -> None:
+        """Check that a 206 is the rest of what has arrived, of the same file."""
+        assert self.total is not None  # _resume_headers() looked
+        there = f"bytes {self.received}-{self.total - 1}/{self.total}"
+        if (
+            answer.headers.get("Content-Range") != there
+            or answer.headers.get("ETag", self.etag) != self.etag
+            or answer.headers.get("Content-Encoding", "identity").lower() != "identity"
+            or answer.length() not in (None, self.total - self.received)
+        ):
+            self._restart()
+            raise http.Broken("the server did not go on where the download stopped, starting over")
+
+    def _fits(self, size_bytes: int, shown: str) -> None:
+        limit = self.options.max_size_bytes
+        if size_bytes > limit:
+            raise Error(f"{shown}: is larger than the limit of {log.size(limit)}")
+
+    def _add(self, block: bytes, shown: str) -> None:
+        self._fits(self.received + len(block), shown)
+        self.output.write(block)
+        self.received += len(block)
+        for digest in self.digests.values():
+            digest.update(block)
+        if self.progress:
+            self.progress.update(self.received)

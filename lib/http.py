@@ -1,0 +1,303 @@
+"""One answer of an HTTP server: redirects, credentials, deadlines, and which failures are final.
+
+The only module that imports requests. Its transport (HTTPAdapter) is used without its Session,
+which would read a redirect's body into memory whatever its size, take proxies from the environment
+and look up netrc for every host on the way.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import re
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException, IncompleteRead
+from netrc import NetrcParseError
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Optional
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+
+from lib import __version__, log
+from lib.errors import Error, describe
+
+if TYPE_CHECKING:
+    import requests
+    from requests.adapters import HTTPAdapter
+
+BLOCK_BYTES = 256 << 10
+MAX_REDIRECTS = 5
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})  # those of curl --retry
+REFUSED = {
+    401: "put user:password@ into the URL, or the host into root's ~/.netrc",
+    403: "check the URL, and the credentials in it or in root's ~/.netrc",
+    404: "check the URL; vendors remove old builds",
+    407: "put user:password@ into proxy in cloudimage.conf",
+    410: "check the URL; vendors remove old builds",
+}
+# with identity the bytes, and so their length and digest, are those of the file as published
+HEADERS = {
+    "User-Agent": f"instance-cloudimage/{__version__}",
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+}
+UNAVAILABLE_HINT = "try again later, or check the network and section [http] of cloudimage.conf"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to talk to servers: section [http] of cloudimage.conf."""
+
+    proxy: Optional[str] = None
+    ca_bundle: Optional[Path] = None
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0  # for an answer, and for each BLOCK_BYTES: at least 4 KiB/s
+    retries: int = 5
+    max_size_bytes: int = 1 << 40
+    pause_s: float = 1.0  # before the first retry; doubles with each
+    max_pause_s: float = 60.0  # whatever Retry-After asks for
+
+
+class Unavailable(Error):
+    """The server or the network is down, after all retries: what is in the cache may serve."""
+
+
+class UnknownHost(Unavailable):
+    """The name does not exist: to a download a server that is down, to probe() a definite no."""
+
+
+class Broken(Exception):
+    """This attempt failed; the next one may not."""
+
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The header of an answer that is no redirect, and the way to its body."""
+
+    status: int
+    headers: Mapping[str, str]
+    shown: str  # where it is from, in words for messages
+    options: Options
+    response: requests.Response
+
+    def block(self) -> bytes:
+        """Return the next BLOCK_BYTES of the body; b"" at its end, which may be too early."""
+        with _bounded(self.shown, self.options, self.options.read_timeout_s):
+            data: bytes = self.response.raw.read(BLOCK_BYTES, decode_content=False)
+        return data
+
+    def length(self) -> Optional[int]:
+        """Return Content-Length or None; Error if the header leaves it open (RFC 9112 6.3)."""
+        lengths = {each.strip() for each in self.headers.get("Content-Length", "").split(",")}
+        lengths.discard("")
+        coding = self.headers.get("Transfer-Encoding", "")
+        if coding and (lengths or coding.lower() != "chunked"):
+            raise Error(f"{self.shown}: came with both a length and Transfer-Encoding {coding}")
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", each) for each in lengths):
+            raise Error(f"{self.shown}: came with Content-Length {', '.join(sorted(lengths))}")
+        return int(lengths.pop()) if lengths else None
+
+    def failure(self) -> Exception:
+        """Return what a status that brings no body means: a definite no, or try again."""
+        words = f"answered {self.status} {log.printable(self.response.reason or '', 60)}".rstrip()
+        if self.status in TRANSIENT:
+            return Broken(words, _retry_after(self.headers.get("Retry-After", "")))
+        if self.status >= 500:
+            return Unavailable(f"{self.shown}: {words}", UNAVAILABLE_HINT)
+        return Error(f"{self.shown}: {words}", REFUSED.get(self.status, "check the URL"))
+
+
+@contextmanager
+def connected(options: Options) -> Iterator[HTTPAdapter]:
+    """Hand out requests' transport; importing it costs 130 ms, so only who needs it pays."""
+    try:
+        from requests.adapters import HTTPAdapter
+    except ImportError as error:
+        raise Error("requests: not installed", "install the package python3-requests") from error
+    if options.ca_bundle is not None:
+        try:
+            ssl.create_default_context(cafile=options.ca_bundle)
+        except OSError as error:
+            raise Error(f"ca_bundle {options.ca_bundle}: {describe(error)}") from error
+    with closing(HTTPAdapter()) as adapter:
+        yield adapter
+
+
+@contextmanager
+def get(
+    adapter: HTTPAdapter, url: str, options: Options, headers: Mapping[str, str]
+) -> Iterator[Answer]:
+    """Send a GET and follow redirects; raises Broken, or Error when another try is of no use.
+
+    The credentials of the URL, else of ~/.netrc, are for its host, port and scheme alone.
+    """
+    import requests
+
+    shown = first = log.redact(url)
+    url, auth = _split(url, shown)
+    auth = auth or _netrc(url)
+    for _hop in range(MAX_REDIRECTS + 1):
+        with _bounded(shown, options, options.connect_timeout_s + options.read_timeout_s):
+            request = requests.Request("GET", url, {**HEADERS, **headers}, auth=auth).prepare()
+            response = adapter.send(
+                request,
+                stream=True,
+                timeout=(options.connect_timeout_s, options.read_timeout_s),
+                verify=str(options.ca_bundle) if options.ca_bundle else True,
+                proxies={"http": options.proxy, "https": options.proxy} if options.proxy else {},
+            )
+        with closing(response):
+            if response.status_code not in REDIRECTS:
+                response.raw.enforce_content_length = (
+                    False  # urllib3 2 counts, 1.26 does not: we do
+                )
+                yield Answer(response.status_code, response.headers, shown, options, response)
+                return
+            target = _redirected(url, response.headers.get("Location", ""), shown)
+        if _origin(target) != _origin(url):
+            auth = None
+        url, shown = target, f"{first} -> {log.redact(target)}"
+    raise Error(f"{first}: more than {MAX_REDIRECTS} redirects", "check the URL")
+
+
+def _split(url: str, shown: str) -> tuple[str, Optional[tuple[bytes, bytes]]]:
+    """Return the URL as it may be sent and logged, and the user and password that were in it."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 (raises ValueError)
+    except ValueError as error:
+        # the password may hold what ends a host name, so nothing before the last @ is shown
+        shown = re.sub(r"//.*@", "//***@", shown)
+        raise Error(f"{shown}: is malformed", "write % in a password as %25, / as %2F") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Error(f"{shown}: is not an http or https URL")
+    host = parts.netloc.rpartition("@")[2]
+    bare = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
+    if not parts.username:
+        return bare, None
+    return bare, (unquote(parts.username).encode(), unquote(parts.password or "").encode())
+
+
+def _netrc(url: str) -> Optional[tuple[bytes, bytes]]:
+    """Return the host's entry in ~/.netrc; ~ is root's home, HOME set or not (expanduser)."""
+    from requests.utils import get_netrc_auth
+
+    try:
+        found = get_netrc_auth(url, raise_errors=True)
+    except NetrcParseError as error:  # its text may quote a password
+        raise Error(f"~/.netrc: line {error.lineno} is malformed", "correct it") from error
+    except OSError as error:
+        raise Error(f"~/.netrc: {describe(error)}") from error
+    return (found[0].encode(), found[1].encode()) if found else None
+
+
+def _origin(url: str) -> tuple[str, Optional[str], int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _redirected(url: str, location: str, shown: str) -> str:
+    """Return where a redirect leads, without the credentials that it may name."""
+    # http.client reads headers as latin-1, servers write UTF-8
+    target = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+    target, _credentials = _split(target, f"{shown} -> {log.redact(target)}")
+    if url.startswith("https:") and target.startswith("http:"):
+        raise Error(
+            f"{shown}: redirects from https to {log.redact(target)}",
+            "if the unencrypted URL is trusted, name it",
+        )
+    return target
+
+
+@contextmanager
+def _bounded(shown: str, options: Options, wait_s: float) -> Iterator[None]:
+    """Allow `wait_s` for what is inside; what fails there becomes an Error or Broken.
+
+    A socket's timeout begins anew with every byte that drops in, in the header too; the kernel's
+    timer is the clock that breaks off a call through all its layers, without a thread.
+    """
+    import requests
+    import urllib3  # type: ignore[import-untyped,unused-ignore]
+
+    def expire(_number: int, _frame: Optional[FrameType]) -> None:
+        raise Broken(f"too slow or silent for {wait_s:g} s")
+
+    before = sys.exc_info()[1]
+    previous = signal.signal(signal.SIGALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, wait_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise _translated(list(_causes(error, before)), shown, options) from error
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _causes(
+    error: Optional[BaseException], before: Optional[BaseException]
+) -> Iterator[BaseException]:
+    """Yield `error` and what led to it, but not what was being handled before."""
+    while error is not None and error is not before:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _translated(causes: Sequence[BaseException], shown: str, options: Options) -> Exception:
+    """Return what an exception of requests, with what led to it, means to us."""
+    import requests
+
+    # the kernel's or http.client's own words; those of the layers above quote the URL's query
+    inner = [each for each in causes if isinstance(each, (OSError, HTTPException))]
+    inner = [each for each in inner if not isinstance(each, requests.RequestException)]
+    words = _words(inner[-1] if inner else causes[-1])
+    unknown = (socket.EAI_NONAME, socket.EAI_NODATA)
+    if any(isinstance(each, socket.gaierror) and each.errno in unknown for each in causes):
+        whose = "proxy" if options.proxy else "host"
+        return UnknownHost(f"{shown}: the name of the {whose} does not exist", "check the URL")
+    if isinstance(causes[0], requests.exceptions.SSLError):
+        # both ssl's exception for a bad certificate and urllib3 1.26's own for a wrong name
+        if any(isinstance(each, ValueError) for each in causes):
+            return Error(
+                f"{shown}: the certificate is not trusted: {words}",
+                "set ca_bundle in section [http] of cloudimage.conf",
+            )
+    elif isinstance(causes[0], ValueError):  # a URL, proxy or header that no retry mends
+        return Error(f"{shown}: {words}", "check the URL and proxy in cloudimage.conf")
+    return Broken(words)
+
+
+def _words(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = error.verify_message
+    elif isinstance(error, OSError):
+        text = error.strerror or text
+    elif isinstance(error, IncompleteRead):
+        text = "the connection ended within a chunk"
+    elif isinstance(error, HTTPException):
+        text = f"{type(error).__name__} {text}"
+    return log.printable(log.redact(text.strip() or type(error).__name__), 200)
+
+
+def _retry_after(value: str) -> float:
+    """Return the seconds that Retry-After (seconds or a date, RFC 9110 10.2.3) asks for."""
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
+    try:
+        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError):
+        return 0.0
