@@ -108,7 +108,7 @@ class Cache:
                     self._make_directory()
                     work = filling.enter_context(self._filling(name))
             except Error as error:
-                log.warning(f"{error}; the image is not kept")
+                log.warning(f"{error}; this image goes to {FALLBACK} and is not kept")
                 file, note = _uncached(refresh)
             else:
                 file, note = self._refreshed(name, refresh, work)
@@ -141,21 +141,24 @@ class Cache:
                 removed.append(each)
         return removed
 
+    def _tidy(self) -> None:
+        for each in self.prune():
+            words = f"{log.size(each.allocated_bytes)}, unused for {each.idle_s / 86400:.0f} days"
+            log.step(f"cache: removed {each.note.get('url', each.name)} ({words})")
+
     def _make_directory(self) -> None:
         """Make the directory and its parents where they are missing; Error if it is unsafe."""
-        for parent in reversed(self.directory.parents):
-            try:
-                parent.mkdir()
-                parent.chmod(0o755)  # whatever the umask
-            except FileExistsError:
-                pass
-        self.directory.mkdir(0o700, exist_ok=True)
+        modes = dict.fromkeys(reversed(self.directory.parents), 493)
+        for path, mode in {**modes, self.directory: 0o700}.items():
+            with suppress(FileExistsError):
+                path.mkdir(mode)
+                path.chmod(mode)  # whatever the umask
         self._check_directory()
 
     def _check_directory(self) -> None:
         """Raise an Error if others could put files into the directory, or another in its place."""
         if not stat.S_ISDIR(self.directory.lstat().st_mode):
-            raise Error("is not a directory, or a symbolic link to one")
+            raise Error("is a symbolic link or no directory")
         real = self.directory.resolve()
         for path in (real, *real.parents):
             status = path.stat()
@@ -215,7 +218,7 @@ class Cache:
         """Hold the entry's lock, and make and remove its work directory."""
         with self._locked(name, wait=True):
             self._sweep(name)
-            self.prune()
+            self._tidy()
             work = self._path(name, "work")
             work.mkdir(0o700)
             try:
@@ -237,8 +240,7 @@ class Cache:
         fcntl.flock(file, fcntl.LOCK_SH)
         os.utime(self._path(name, "json"))
         if made is not None:
-            for each in self.prune():
-                log.step(f"cache: removed {each.note.get('url', each.name)} to make room")
+            self._tidy()
         return file, stored.note
 
     def _publish(self, name: str, work: Path, raw: Path, note: Note) -> None:
