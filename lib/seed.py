@@ -1,0 +1,304 @@
+"""The seed: the documents that cloud-init's NoCloud reads, and the FAT volume that holds them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from lib import log, run
+from lib.errors import Error, several
+
+FILES = ("meta-data", "user-data", "vendor-data", "network-config")
+LABEL = "cidata"  # lower case: the one spelling that every reader takes
+METADATA_URL = "http://169.254.169.254/ganeti/latest/"
+SECTOR_BYTES = 512
+# FAT16 with clusters of one sector ends here. A larger disk gets no larger volume: it would cost
+# time and hold nothing.
+MAX_VOLUME_BYTES = 32 << 20
+MAX_META_DATA_BYTES = 256 << 10
+MAX_FILES = 64
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
+_LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=10, wall_s=20.0)
+
+# A rewritten network-config is applied at the next boot, not only for a new instance-id.
+_UPDATES = {"updates": {"network": {"when": ["boot"]}}}
+
+# cloud-init leaves the machine-id alone, so a copy shares it with its original, and with it, under
+# systemd-networkd, the DHCP identity. A boothook, for user data cannot replace it as it would
+# replace a bootcmd; in every seed, for then rename need not touch the vendor data. More than one
+# directory below instances at the first boot under an instance-id is what makes a copy.
+_MACHINE_ID = """\
+#!/bin/sh
+# A copy of an instance gets a machine-id of its own, once.
+[ "$1" = first-boot ] || exec cloud-init-per instance ganeti_machine_id "$0" first-boot
+[ "$(ls /var/lib/cloud/instances | wc -l)" -gt 1 ] || exit 0
+id=$(tr -d - < /proc/sys/kernel/random/uuid)
+for file in /etc/machine-id /var/lib/dbus/machine-id; do
+    [ ! -s "$file" ] || echo "$id" > "$file"
+done
+systemctl --no-block try-restart systemd-networkd 2> /dev/null || true
+"""
+
+
+def document(data: Any) -> bytes:
+    """Return `data` as JSON, which is YAML: no value can add a key, a MAC stays a string."""
+    return (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def include_once(url: str) -> bytes:
+    """Return user data or vendor data that the guest fetches at its first boot, and keeps."""
+    return f"#include-once\n{url}\n".encode()
+
+
+def write_texts(
+    directory: Path,
+    *,
+    name: str,
+    uuid: str,
+    ssh_keys: Sequence[str],
+    user_data: bytes,
+    vendor_data: bytes,
+    network: Optional[bytes],
+) -> None:
+    """Write the four documents into the private directory; network None: the guest keeps its own.
+
+    Without a network-config cloud-init would write its fallback, DHCP on the first NIC (stages.py,
+    _find_networking_config); only "disabled" leaves the image's network alone.
+    """
+    meta: dict[str, Any] = {
+        "instance-id": uuid,
+        "local-hostname": name,
+        "ganeti": {"uuid": uuid, "name": name},
+    }
+    if ssh_keys:
+        meta["public-keys"] = list(ssh_keys)
+    texts = (document(meta), user_data, _vendor_data(vendor_data), _network_config(network))
+    for file_name, text in zip(FILES, texts):
+        path = directory / file_name
+        path.touch(0o600, exist_ok=False)
+        path.write_bytes(text)
+
+
+def _network_config(network: Optional[bytes]) -> bytes:
+    return document({"config": "disabled"}) if network is None else network
+
+
+def _vendor_data(theirs: bytes) -> bytes:
+    """Return our vendor data with the user's behind it, so that theirs wins where both speak.
+
+    A part marked text/plain is known by its first line, as it is without a MIME message around it
+    (cloudinit/user_data.py, TYPE_NEEDED); a MIME message is a part as it stands.
+    """
+    if theirs[:2] == b"\x1f\x8b":
+        return gzip.compress(_vendor_data(_gunzip(theirs)), mtime=0)
+    parts = [
+        b"Content-Type: text/cloud-config\n\n#cloud-config\n" + document(_UPDATES),
+        b"Content-Type: text/cloud-boothook\n\n#cloud-boothook\n" + _MACHINE_ID.encode(),
+    ]
+    if b"mime-version:" in theirs[:4096].lower():
+        parts.append(theirs)
+    elif theirs:
+        encoded = base64.encodebytes(theirs)
+        parts.append(b"Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\n" + encoded)
+    boundary = b"==" + hashlib.sha256(theirs).hexdigest()[:32].encode() + b"=="
+    head = b'Content-Type: multipart/mixed; boundary="' + boundary + b'"\nMIME-Version: 1.0\n\n'
+    body = b"".join(b"--" + boundary + b"\n" + part + b"\n" for part in parts)
+    return head + body + b"--" + boundary + b"--\n"
+
+
+def _gunzip(data: bytes) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            text = file.read(MAX_VOLUME_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Error(f"vendor_data is damaged gzip data: {error}", "compress it again") from error
+    if len(text) > MAX_VOLUME_BYTES:
+        raise Error(
+            f"vendor_data is more than {log.size(MAX_VOLUME_BYTES)} when unpacked",
+            "let it fetch what is large",
+        )
+    return text
+
+
+def ssh_keys(text: str) -> list[str]:
+    """Return the public keys in `text`, in the grammar of authorized_keys in sshd(8).
+
+    The Error has a line for every line that is no key, and none repeats a key: it may be private.
+    """
+    keys, problems = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if line and not line.startswith("#"):
+            try:
+                keys.append(_ssh_key(line))
+            except Error as error:
+                problems.append(f"ssh_keys line {number}: {error}")
+    if problems:
+        raise several(problems)
+    return keys
+
+
+def _ssh_key(line: str) -> str:
+    """Return one key with single spaces between options, type, key and comment."""
+    if "PRIVATE KEY" in line:
+        raise Error("a private key", "give the public one, from the file that ends in .pub")
+    if not line.replace("\t", " ").isprintable():
+        raise Error("bytes that are no text", "give one public key a line")
+    options, rest = _split_options(line)
+    for front, key in ([], line), ([options], rest):
+        words = key.split(None, 2)
+        kind = words[0] if words else ""
+        if re.fullmatch(r"(ssh|ecdsa|sk)-[a-z0-9@.-]+", kind):
+            if len(words) < 2 or not _is_blob(kind, words[1]):
+                raise Error(f"the {kind} key is damaged or cut", "copy the whole line again")
+            return " ".join([*front, *words])
+    raise Error("no OpenSSH public key", "write it as ssh-ed25519 AAAA... comment")
+
+
+def _split_options(line: str) -> tuple[str, str]:
+    """Split at the first blank outside double quotes, within which only \\" is an escape."""
+    quoted = False
+    for match in re.finditer(r'\\"|"|[ \t]', line):
+        if match[0] == '"':
+            quoted = not quoted
+        elif match[0] != '\\"' and not quoted:
+            return line[: match.start()], line[match.end() :]
+    return line, ""
+
+
+def _is_blob(kind: str, encoded: str) -> bool:
+    """Whether this is the base64 of a key of this type, and the whole of it (RFC 4253, 6.6)."""
+    try:
+        blob = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    fields, at = [], 0
+    while at + 4 <= len(blob):
+        end = at + 4 + int.from_bytes(blob[at : at + 4], "big")
+        fields.append(blob[at + 4 : end])
+        if "-cert-" in kind:  # has numbers between its strings
+            break
+        at = end
+    return bool(fields) and fields[0] == kind.encode() and (at in (0, len(blob)))
+
+
+def volume(directory: Path, size_bytes: int, output: Path) -> None:
+    """Make a FAT volume of at most `size_bytes` with the directory's files in a new file `output`.
+
+    The same files make the same bytes. Error, with both sizes, if they do not fit.
+    """
+    files = _regular_files(directory)
+    output.touch(0o600, exist_ok=False)
+    os.truncate(output, min(size_bytes, MAX_VOLUME_BYTES))
+    # FAT12 or FAT16, whichever the size makes it; the label goes to the boot sector and the root
+    run.run(["mkfs.vfat", "--invariant", "-n", LABEL, "-s", "1", os.fspath(output)])
+    need = sum(-(-path.stat().st_size // SECTOR_BYTES) * SECTOR_BYTES for path in files.values())
+    room = _room_bytes(output)
+    if need > room:
+        raise Error(
+            f"the seed's files need {log.size(need)}, but its place holds {log.size(room)}",
+            "give the seed a disk of its own with --disk 1:size=32m,name=cidata and seed=disk",
+        )
+    for path in files.values():
+        os.utime(path, (_FAT_EPOCH_S, _FAT_EPOCH_S))
+    # in the sandbox no mtools.conf of the node and no MTOOLS_ variable can change what is written
+    inside = {f"/seed/{name}": path for name, path in files.items()}
+    sandbox = run.Sandbox(read=inside, write={"/volume": output}, limits=_LIMITS)
+    run.run(["mcopy", "-m", "-i", "/volume", *inside, "::/"], sandbox=sandbox)
+
+
+def _regular_files(directory: Path) -> dict[str, Path]:
+    """Return the files by name; Error for what pre hooks left there that cannot be copied."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Error(
+                f"{path.name} in CLOUDIMAGE_SEED_DIR is no regular file",
+                "let the pre hooks write regular files only",
+            )
+        if not _FILE_NAME.fullmatch(path.name):
+            raise Error(
+                f"{path.name!r} in CLOUDIMAGE_SEED_DIR is no name for a file of the seed",
+                "let the pre hooks use letters, digits, dots, - and _, at most 64",
+            )
+        files[path.name] = path
+    if len(files) > MAX_FILES:
+        raise Error(
+            f"CLOUDIMAGE_SEED_DIR holds {len(files)} files, the seed takes {MAX_FILES}",
+            "let the pre hooks write fewer",
+        )
+    return files
+
+
+def _room_bytes(volume: Path) -> int:
+    """Return how much the volume's clusters hold, by its BIOS parameter block."""
+    with open(volume, "rb") as file:
+        head = file.read(SECTOR_BYTES)
+    reserved, fats, roots, small = struct.unpack_from("<HBHH", head, 14)
+    (fat_sectors,) = struct.unpack_from("<H", head, 22)
+    sectors = small or struct.unpack_from("<L", head, 32)[0]
+    used = reserved + fats * fat_sectors + roots * 32 // SECTOR_BYTES
+    return int(sectors - used) * SECTOR_BYTES
+
+
+def read_volume(volume: Path) -> dict[str, bytes]:
+    """Return the files in the root directory of a volume that its guest may have tampered with.
+
+    mtools reads it in the sandbox; number and sizes are bounded by what volume() writes.
+    """
+    sandbox = run.Sandbox(read={"/volume": volume}, limits=_LIMITS)
+    try:
+        listing = run.run(["mdir", "-b", "-i", "/volume", "::/"], sandbox=sandbox)
+        names = [line[3:] for line in listing.splitlines() if line.startswith("::/")]
+        names = [name for name in names if _FILE_NAME.fullmatch(name)][:MAX_FILES]
+        files: dict[str, bytes] = {}
+        room = MAX_VOLUME_BYTES
+        for name in names:
+            with run.reader(["mcopy", "-i", "/volume", f"::/{name}", "-"], sandbox=sandbox) as out:
+                files[name] = out.read(room + 1)
+                room -= len(files[name])
+                if room < 0:
+                    raise Error(f"its files are larger than {log.size(MAX_VOLUME_BYTES)}")
+    except Error as error:
+        raise Error(
+            f"the seed cannot be read: {error.message}",
+            "mend it in the guest, or write a new one with gnt-instance reinstall",
+        ) from error
+    return files
+
+
+def renamed(
+    files: Mapping[str, bytes], *, name: str, uuid: str, network: Optional[bytes]
+) -> dict[str, bytes]:
+    """Return the seed's files for the instance that this disk belongs to now.
+
+    The seed remembers which instance it was last written for, apart from the instance-id, which a
+    restored instance keeps: so a later rename of that one is not taken for a clone. Another uuid
+    and another name is a clone, which gets a new instance-id; in all other cases it stays.
+    """
+    try:
+        meta = json.loads(files["meta-data"][:MAX_META_DATA_BYTES])
+        owner = meta["ganeti"]
+        is_clone = uuid != owner["uuid"] and name != owner["name"]
+        meta["instance-id"] = uuid if is_clone else meta["instance-id"]
+        meta.update({"local-hostname": name, "ganeti": {"uuid": uuid, "name": name}})
+        text = document(meta)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Error(
+            "the seed's meta-data is none that cloudimage wrote",
+            "set instance-id, local-hostname and the addresses in it by hand",
+        ) from error
+    return {**files, "meta-data": text, "network-config": _network_config(network)}
