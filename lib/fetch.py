@@ -101,18 +101,18 @@ def open_local(path: Path) -> BinaryIO:
         if error.errno == errno.ENXIO:
             raise Error(f"{path}: is not a regular file") from error
         raise Error(f"{path}: {error.strerror}") from error
-    file = os.fdopen(descriptor, "rb")
     try:
         status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise Error(f"{path}: is a directory", "name an image in it")
         if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise Error(f"{path}: is {kind}", "name an image file")
+            raise Error(f"{path}: is not a regular file")
         if status.st_size == 0:
             raise Error(f"{path}: is empty")
+        return os.fdopen(descriptor, "rb")
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
 
 
 @dataclass

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException, IncompleteRead
 from netrc import NetrcParseError
 from pathlib import Path
@@ -55,7 +55,7 @@ UNAVAILABLE_HINT = "try again later, or check the network and section [http] of 
 class Options:
     """How to talk to servers: section [http] of cloudimage.conf."""
 
-    proxy: Optional[str] = None
+    proxy: Optional[str] = field(default=None, repr=False)  # may hold a password
     ca_bundle: Optional[Path] = None
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0  # for an answer, and for each BLOCK_BYTES: at least 4 KiB/s
@@ -103,7 +103,8 @@ class Answer:
         lengths.discard("")
         coding = self.headers.get("Transfer-Encoding", "")
         if coding and (lengths or coding.lower() != "chunked"):
-            raise Error(f"{self.shown}: came with both a length and Transfer-Encoding {coding}")
+            and_length = " and a Content-Length" if lengths else ""
+            raise Error(f"{self.shown}: came with Transfer-Encoding {coding}{and_length}")
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", each) for each in lengths):
             raise Error(f"{self.shown}: came with Content-Length {', '.join(sorted(lengths))}")
         return int(lengths.pop()) if lengths else None
@@ -210,7 +211,11 @@ def _origin(url: str) -> tuple[str, Optional[str], int]:
 def _redirected(url: str, location: str, shown: str) -> str:
     """Return where a redirect leads, without the credentials that it may name."""
     # http.client reads headers as latin-1, servers write UTF-8
-    target = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+    location = location.encode("latin-1").decode("utf-8", "replace")
+    try:
+        target = urljoin(url, location)
+    except ValueError as error:
+        raise Error(f"{shown}: redirects to a malformed URL", "check the URL") from error
     target, _credentials = _split(target, f"{shown} -> {log.redact(target)}")
     if url.startswith("https:") and target.startswith("http:"):
         raise Error(
