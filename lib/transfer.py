@@ -1,0 +1,171 @@
+"""The streams of export and import: a disk's content to a dump, and back."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from itertools import groupby
+from typing import BinaryIO, Optional, Protocol, Union
+
+from lib import log, run
+from lib.errors import Error
+
+BLOCK_BYTES = 1 << 20
+HOLE_BYTES = 16 << 20  # a hole this long becomes a ready-made frame instead of zstd's input
+ZEROES = bytes(BLOCK_BYTES)
+COMPRESSED_PERCENT = 35  # what zstd leaves of a Debian disk's data
+F_SETPIPE_SZ = 1031  # linux/fcntl.h  TODO: fcntl.F_SETPIPE_SZ, drop with Python 3.9
+
+Block = Union[bytes, int]  # a disk's content in order: data, or the length of a run of zeroes
+Blocks = Generator[Block, None, None]
+
+
+class Target(Protocol):
+    """What is needed of lib.disk.Target."""
+
+    size_bytes: int
+
+    @property
+    def label(self) -> str: ...
+    def used_bytes(self) -> int: ...
+    def blocks(self) -> Blocks: ...
+    def fill(self, content: Blocks, total_bytes: Optional[int] = None) -> int: ...
+
+
+def dump(
+    source: Target, output: BinaryIO, compression: str, exp_size_fd: Optional[int] = None
+) -> None:
+    """Write the disk to `output`, as "zstd" (frames with content checksums) or "none" (raw).
+
+    exp_size_fd gets an estimate of the dump's size, in bytes and with a newline as
+    ganeti-os-interface(7) wants it; impexpd compares it with what passes its dd.
+    """
+    output.flush()
+    if exp_size_fd is not None:
+        estimate = source.size_bytes
+        if compression != "none":
+            estimate = source.used_bytes() * COMPRESSED_PERCENT // 100
+        os.write(exp_size_fd, b"%d\n" % estimate)
+    progress = log.Progress(f"reading {source.label}", source.size_bytes)
+    with closing(source.blocks()) as blocks:
+        runs = _runs(blocks, progress)
+        if compression == "none":
+            for run_ in runs:
+                _feed(output.fileno(), run_)
+        else:
+            _compress(runs, output.fileno())
+    progress.end()
+
+
+def _runs(blocks: Blocks, progress: log.Progress) -> Iterator[Block]:
+    """Yield data as it comes and zeroes as lengths: HOLE_BYTES as often as possible, then less."""
+    done = zeroes = 0
+    for block in blocks:
+        done += block if isinstance(block, int) else len(block)
+        progress.update(done)
+        if isinstance(block, int):
+            zeroes += block
+        elif ZEROES.startswith(block):
+            zeroes += len(block)
+        else:
+            yield from _holes(zeroes)
+            zeroes = 0
+            yield block
+    yield from _holes(zeroes)
+
+
+def _holes(length: int) -> Iterator[int]:
+    for _ in range(length // HOLE_BYTES):
+        yield HOLE_BYTES
+    if length % HOLE_BYTES:
+        yield length % HOLE_BYTES
+
+
+def _compress(runs: Iterator[Block], output: int) -> None:
+    """Write zstd frames: one for each stretch of data, and one ready-made for each HOLE_BYTES.
+
+    A file of several frames is legal (RFC 8878 section 3.1), and zstd makes no more than 0.6 GB/s
+    of zeroes: 18 GiB of them took 30 s, as frames they take none.
+    """
+    frame = b""
+    for is_hole, group in groupby(runs, lambda run_: run_ == HOLE_BYTES):
+        if not is_hole:
+            with _zstd(output) as pipe:
+                for run_ in group:
+                    _feed(pipe, run_)
+            continue
+        for _hole in group:
+            frame = frame or _frame_of_zeroes()
+            _write(output, frame)
+
+
+def _frame_of_zeroes() -> bytes:
+    with tempfile.TemporaryFile() as file:
+        with _zstd(file.fileno()) as pipe:
+            _feed(pipe, HOLE_BYTES)
+        file.seek(0)
+        return file.read()
+
+
+@contextmanager
+def _zstd(output: int) -> Iterator[int]:
+    """Yield a pipe to a zstd that writes to `output`; on leaving, Error if it failed."""
+    command = ["zstd", "--quiet", "--threads=0", "--check", "--stdout"]
+    with ExitStack() as read_end, ExitStack() as write_end:
+        source, pipe = os.pipe()
+        read_end.callback(os.close, source)
+        write_end.callback(os.close, pipe)
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, BLOCK_BYTES)
+        with run.process(command, stdin=source, stdout=output) as child:
+            read_end.close()
+            try:
+                yield pipe
+            except BrokenPipeError:
+                pass  # zstd ended early and says below why
+            write_end.close()
+            assert child.stderr is not None  # run.process makes a pipe of it
+            words = child.stderr.read().decode("ascii", "backslashreplace").strip()
+            status = child.wait()
+    if status == -signal.SIGPIPE:
+        raise BrokenPipeError(errno.EPIPE, "the reader of the dump went away")
+    if status != 0:
+        raise Error(f"zstd failed with status {status}: {log.printable(words, 200)}")
+
+
+def _feed(descriptor: int, block: Block) -> None:
+    if isinstance(block, int):
+        for start in range(0, block, BLOCK_BYTES):
+            _write(descriptor, ZEROES[: block - start])
+    else:
+        _write(descriptor, block)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def load(opened: AbstractContextManager[BinaryIO], target: Target) -> int:
+    """Write the raw stream behind `opened` to the disk and return its length in bytes.
+
+    Leaving `opened` is what tells whether the stream was whole (the decompressor's status). It is
+    left before the content ends, and fill() writes the first MiB after that: so a damaged dump
+    leaves no bootable disk.
+    """
+    return target.fill(_received(opened))
+
+
+def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
+    with opened as stream:
+        block = stream.read(BLOCK_BYTES)
+        if not block:
+            raise Error("the dump is empty", "look for why the export wrote nothing")
+        while block:
+            yield block
+            block = stream.read(BLOCK_BYTES)
