@@ -39,6 +39,7 @@ PACKAGES = {
     "prlimit": "util-linux",
     "qemu-img": "qemu-utils (EL: qemu-img)",
     "qemu-io": "qemu-utils (EL: qemu-img)",
+    "qemu-nbd": "qemu-utils (EL: qemu-img)",
     "sfdisk": "fdisk (EL: util-linux)",
     "xz": "xz-utils (EL: xz)",
     "zstd": "zstd",
