@@ -228,14 +228,13 @@ class Cache:
 
     def _refreshed(self, name: str, refresh: Refresh, work: Path) -> tuple[BinaryIO, Note]:
         """Let `refresh` judge or make the entry, and open it; the lock must be held."""
-        with _full_file_system_explained(self.directory, work):
+        with _no_space_explained(self.directory, work):
             old = self._read(name)
             made = refresh(None if old is None else old.note, work)
             if made is not None:
                 self._publish(name, work, *made)
         stored = self._read(name)
-        if stored is None:
-            raise RuntimeError("refresh() returned None, but there is no entry to keep")
+        assert stored is not None  # refresh() keeps only what there is
         file = stored.raw.open("rb")
         fcntl.flock(file, fcntl.LOCK_SH)
         os.utime(self._path(name, "json"))
@@ -247,7 +246,6 @@ class Cache:
         """Put the raw file in place, then the note that names it: the second rename commits."""
         file = f"{name}.{secrets.token_hex(8)}.raw"
         with open(raw, "rb") as source:
-            os.fchmod(source.fileno(), 0o600)
             os.fsync(source)
             status = os.fstat(source.fileno())
         os.rename(raw, self.directory / file)
@@ -322,7 +320,7 @@ class Cache:
         for path in self.directory.glob(f"{name}.*"):
             if path.name not in keep:
                 try:
-                    _delete(path)
+                    (shutil.rmtree if path.is_dir() else os.unlink)(path)
                 except OSError as error:
                     log.warning(f"cleaning the cache: {describe(error)}")
 
@@ -334,47 +332,38 @@ def _files(stored: Optional[Stored]) -> set[str]:
     return {f"{stored.name}.json", f"{stored.name}.lock", stored.raw.name}
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def _is_named(file: IO[bytes], path: Path) -> bool:
     """Say whether the open file still is the one that the name stands for."""
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _uncached(refresh: Refresh) -> tuple[BinaryIO, Note]:
     """Make the image in a temporary directory; it has no name any more when this returns."""
     with tempfile.TemporaryDirectory(prefix="ganeti-instance-cloudimage.", dir=FALLBACK) as made_in:
         work = Path(made_in)
-        with _full_file_system_explained(work.parent, work):
+        with _no_space_explained(work.parent, work):
             made = refresh(None, work)
-        if made is None:
-            raise RuntimeError("refresh() returned None, but there is no entry to keep")
+        assert made is not None  # refresh() keeps only what there is
         return open(made[0], "rb"), made[1]
 
 
 @contextmanager
-def _full_file_system_explained(directory: Path, work: Path) -> Iterator[None]:
-    """Turn whatever failed because the file system is full into one Error with the way out.
+def _no_space_explained(directory: Path, work: Path) -> Iterator[None]:
+    """Turn what fails in the block because the file system is full into an Error with the way out.
 
-    A program that wrote for us tells only by its words: so the file system is asked too.
+    A program that wrote for us tells why only in its own words, so the file system is asked too.
     """
     try:
         yield
     except (Error, OSError) as error:
         if not (_is_full(error) or _has_no_room(work)):
             raise
+        words = describe(error) if isinstance(error, OSError) else error.message
         written = log.size(sum(path.lstat().st_blocks * 512 for path in work.rglob("*")))
         raise Error(
-            f"no space left in {directory} after {written} of the image"
-            + (f" ({error.message})" if isinstance(error, Error) else ""),
+            f"no space left in {directory} after {written} of the image ({words})",
             "run cloudimage prune, or change dir or lower max_size in [cache] of cloudimage.conf",
         ) from error
 

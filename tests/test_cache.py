@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Callable, Optional
 
 import pytest
@@ -28,9 +29,10 @@ from tests.conftest import ROOT, require
 
 KEY = "https://example.com/image.qcow2"
 FORK = multiprocessing.get_context("fork")
+# What a process does to the file system, as its profiler sees it
 STEPS = {
-    *("open", "fcntl.flock", "os.mkdir", "os.chmod", "os.rename", "os.remove", "os.rmdir"),
-    *("os.utime", "os.listdir", "os.scandir"),
+    *("flock", "open", "mkdir", "chmod", "fsync", "rename", "replace", "unlink", "rmdir", "utime"),
+    *("listdir", "scandir"),
 }
 Made = Optional[tuple[Path, Note]]
 
@@ -98,11 +100,13 @@ def at_step(number: int, signal_number: int, action: Callable[[], object]) -> No
     """Run `action`, and send this process a signal before its n-th step on the file system."""
     steps = itertools.count(1)
 
-    def hook(event: str, _arguments: object) -> None:
-        if event in STEPS and next(steps) == number:
+    def profile(frame: FrameType, event: str, function: object) -> None:
+        called = getattr(function, "__name__", "") if event == "c_call" else ""
+        python = frame.f_code.co_name if event == "call" else ""
+        if (called in STEPS or python == "lstat") and next(steps) == number:
             os.kill(os.getpid(), signal_number)
 
-    sys.addaudithook(hook)
+    sys.setprofile(profile)
     action()
 
 
@@ -113,10 +117,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def is_blocked(pid: Optional[int]) -> bool:
-    """Say whether the kernel has the process in the queue of a lock."""
+def is_blocked(pid: Optional[int], inode: object = "") -> bool:
+    """Say whether the kernel has the process in the queue of a lock (on that inode)."""
     locks = Path("/proc/locks").read_text().splitlines()
-    return any("->" in line and f" {pid} " in line for line in locks)
+    return any("->" in line and f" {pid} " in line and f":{inode} " in line for line in locks)
 
 
 def act(cache: Cache, action: str) -> None:
@@ -207,14 +211,14 @@ def test_full_file_system_is_one_error(cache: Cache) -> None:
     with pytest.raises(Error) as caught:
         use(cache, refresh)
     assert str(caught.value) == (
-        f"no space left in {cache.directory} after 1 MiB of the image; run cloudimage prune,"
-        " or change dir or lower max_size in [cache] of cloudimage.conf"
+        f"no space left in {cache.directory} after 1 MiB of the image (No space left on device);"
+        " run cloudimage prune, or change dir or lower max_size in [cache] of cloudimage.conf"
     )
     assert use(cache, keep) == "old"
 
 
 def test_nothing_to_keep_is_a_bug(cache: Cache) -> None:
-    with pytest.raises(RuntimeError, match="no entry to keep"):
+    with pytest.raises(AssertionError):
         use(cache, lambda _old, _work: None)
 
 
@@ -513,6 +517,45 @@ def test_waiter_sleeps_says_so_once_and_sees_the_new_note(
             assert (first.exitcode, second.exitcode) == (0, 0)
     waiting = "cache: waiting for another process that fetches this image\n"
     assert capfd.readouterr().err == waiting
+
+
+def test_lock_that_was_removed_while_waited_for(
+    cache: Cache, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The one who waited must not run beside the one who got the next lock of that name."""
+    begun, go_on = FORK.Event(), FORK.Event()
+
+    def fails(_old: Optional[Note], _work: Path) -> Made:
+        begun.set()
+        assert go_on.wait(20)
+        raise Error("no such image")
+
+    def slow(old: Optional[Note], work: Path) -> Made:
+        begun.set()
+        assert go_on.wait(20)
+        return fill("slow")(old, work)
+
+    with child(lambda: use(cache, fails)) as first:
+        assert begun.wait(20)
+        with child(lambda: use(cache, keep)) as waiter:
+            wait_until(lambda: is_blocked(waiter.pid))
+            os.kill(waiter.pid or 0, signal.SIGSTOP)
+            go_on.set()
+            first.join()
+            assert kinds(cache) == []
+            begun.clear()
+            go_on.clear()
+            with child(lambda: use(cache, slow)) as second:
+                assert begun.wait(20)
+                os.kill(waiter.pid or 0, signal.SIGCONT)
+                inode = only(cache, "lock").stat().st_ino
+                wait_until(lambda: is_blocked(waiter.pid, inode))
+                go_on.set()
+                second.join()
+                waiter.join()
+                assert (second.exitcode, waiter.exitcode) == (0, 0)
+    assert use(cache, keep) == "slow"
+    assert capfd.readouterr().err.count("cache: waiting for another process") == 1
 
 
 @pytest.mark.parametrize("before", [None, "old"])
