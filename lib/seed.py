@@ -33,6 +33,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
 _LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=10, wall_s=20.0)
 
+# FreeBSD's nuageinit reads network-config only beside user data of this type with a second line,
+# and breaks on one without "ethernets".
+_NO_USER_DATA = b"#cloud-config\n{}\n"
+_NO_NETWORK = {"config": "disabled", "ethernets": {}}
+
 # A rewritten network-config is applied at the next boot, not only for a new instance-id.
 _UPDATES = {"updates": {"network": {"when": ["boot"]}}}
 
@@ -84,8 +89,13 @@ def write_texts(
         "ganeti": {"uuid": uuid, "name": name},
     }
     if ssh_keys:
-        meta["public-keys"] = list(ssh_keys)
-    texts = (document(meta), user_data, _vendor_data(vendor_data), _network_config(network))
+        meta["public-keys"] = meta["public_keys"] = list(ssh_keys)  # the second is nuageinit's
+    texts = (
+        document(meta),
+        user_data or _NO_USER_DATA,
+        _vendor_data(vendor_data),
+        _network_config(network),
+    )
     for file_name, text in zip(FILES, texts):
         path = directory / file_name
         path.touch(0o600, exist_ok=False)
@@ -93,7 +103,7 @@ def write_texts(
 
 
 def _network_config(network: Optional[bytes]) -> bytes:
-    return document({"config": "disabled"}) if network is None else network
+    return document(_NO_NETWORK) if network is None else network
 
 
 def _vendor_data(theirs: bytes) -> bytes:
@@ -136,7 +146,8 @@ def _gunzip(data: bytes) -> bytes:
 def ssh_keys(text: str) -> list[str]:
     """Return the public keys in `text`, in the grammar of authorized_keys in sshd(8).
 
-    The Error has a line for every line that is no key, and none repeats a key: it may be private.
+    The Error has a line for each of the first lines that are none, and repeats none of them: they
+    may come from a private parameter.
     """
     keys, problems = [], []
     for number, line in enumerate(text.split("\n"), 1):
@@ -147,7 +158,7 @@ def ssh_keys(text: str) -> list[str]:
             except Error as error:
                 problems.append(f"ssh_keys line {number}: {error}")
     if problems:
-        raise several(problems)
+        raise several(problems[:5])
     return keys
 
 
@@ -209,7 +220,7 @@ def volume(directory: Path, size_bytes: int, output: Path) -> None:
     room = _room_bytes(output)
     if need > room:
         raise Error(
-            f"the seed's files need {log.size(need)}, but its place holds {log.size(room)}",
+            f"the seed's files need {need} bytes, but its place holds {room}",
             "give the seed a disk of its own with --disk 1:size=32m,name=cidata and seed=disk",
         )
     for path in files.values():
@@ -257,27 +268,36 @@ def _room_bytes(volume: Path) -> int:
 def read_volume(volume: Path) -> dict[str, bytes]:
     """Return the files in the root directory of a volume that its guest may have tampered with.
 
-    mtools reads it in the sandbox; number and sizes are bounded by what volume() writes.
+    mtools reads it in the sandbox; number and sizes are bounded by what volume() writes. Folders
+    and names that volume() would not write are left out.
     """
     sandbox = run.Sandbox(read={"/volume": volume}, limits=_LIMITS)
+    files: dict[str, bytes] = {}
+    room = MAX_VOLUME_BYTES
     try:
         listing = run.run(["mdir", "-b", "-i", "/volume", "::/"], sandbox=sandbox)
         names = [line[3:] for line in listing.splitlines() if line.startswith("::/")]
-        names = [name for name in names if _FILE_NAME.fullmatch(name)][:MAX_FILES]
-        files: dict[str, bytes] = {}
-        room = MAX_VOLUME_BYTES
-        for name in names:
-            with run.reader(["mcopy", "-i", "/volume", f"::/{name}", "-"], sandbox=sandbox) as out:
-                files[name] = out.read(room + 1)
-                room -= len(files[name])
-                if room < 0:
-                    raise Error(f"its files are larger than {log.size(MAX_VOLUME_BYTES)}")
+        for name in [name for name in names if _FILE_NAME.fullmatch(name)][:MAX_FILES]:
+            try:
+                files[name] = _read_file(sandbox, name, room)
+            except Error:
+                if name in FILES:  # mdir shows others with "_" for what is not ASCII
+                    raise
+            room -= len(files.get(name, b""))
     except Error as error:
         raise Error(
             f"the seed cannot be read: {error.message}",
             "mend it in the guest, or write a new one with gnt-instance reinstall",
         ) from error
     return files
+
+
+def _read_file(sandbox: run.Sandbox, name: str, limit_bytes: int) -> bytes:
+    with run.reader(["mcopy", "-i", "/volume", f"::/{name}", "-"], sandbox=sandbox) as output:
+        text = output.read(limit_bytes + 1)
+        if len(text) > limit_bytes:
+            raise Error(f"its files are larger than {log.size(MAX_VOLUME_BYTES)}")
+    return text
 
 
 def renamed(
