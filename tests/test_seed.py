@@ -321,8 +321,8 @@ def test_a_volume_can_be_filled_to_the_last_cluster(tmp_path: Path) -> None:
     with pytest.raises(Error) as raised:
         seed.volume(source, 512 * 512, tmp_path / "too small")
     assert str(raised.value) == (
-        "the seed's files need 243712 bytes, but its place holds 243200; give the seed a disk of its"
-        " own with --disk 1:size=32m,name=cidata and seed=disk"
+        "the seed's files need 243712 bytes, but its place holds 243200; give the seed a disk of"
+        " its own with --disk 1:size=32m,name=cidata and seed=disk"
     )
 
 
