@@ -171,8 +171,8 @@ def _place(table: Table, image: Sectors, image_size: int, disk_size: int, seed: 
     reasons = []
     for kind in ("gap", "tail") if seed == "auto" else (seed,):
         try:
-            if len(table.partitions) == table.slots:
-                raise Error(f"all {table.slots} entries of the table are taken")
+            if table.free is None:
+                raise Error("no entry of the table is free")
             return _gap(table, image) if kind == "gap" else _tail(table, image_size, disk_size)
         except Error as error:
             reasons.append(f"{kind}: {error.message}")
@@ -241,7 +241,10 @@ def _edit(
     attribute bits 3 to 47 and malformed names. It sees the head only: the GPT's second copy is
     made from the first, and the logical partitions of an MBR are none of our business.
     """
-    new = None if place is None else _new_partition(table, place)
+    new = None
+    if place is not None and table.free is not None:
+        name = SEED_NAME if table.gpt else FAT16
+        new = Partition(table.free, place.first, place.first + place.count - 1, name, b"")
     gpt = _spread(table, disk_sectors, place)
     given = head
     if table.gpt is not None and gpt is not None:
@@ -268,18 +271,10 @@ def _edit(
             after is None
             or not _only_added(table, after, new)
             or not (_is_spread(gpt, disk) if gpt else _is_kept(head, disk(0, 1), new))
-            or _listed(stand_in, table.slots)
-            != {p.number: (p.first, p.last) for p in after.partitions}
+            or not {(p.number, p.first, p.last) for p in after.partitions} <= _listed(stand_in)
         ):
             raise Error("sfdisk did something else than it was asked to", "report this as a bug")
         return [disk(first, count) for first, count in ranges]
-
-
-def _new_partition(table: Table, place: Extent) -> Partition:
-    """Return the partition to be made: the lowest free number, its entry not known yet."""
-    number = min(set(range(1, table.slots + 1)) - {p.number for p in table.partitions})
-    name = FAT16 if table.gpt is None else SEED_NAME
-    return Partition(number, place.first, place.first + place.count - 1, name, b"")
 
 
 def _spread(table: Table, disk_sectors: int, place: Optional[Extent]) -> Optional[Header]:
@@ -323,14 +318,14 @@ def _sfdisk(stand_in: int, *options: str, script: str = "") -> str:
     )
 
 
-def _listed(stand_in: int, slots: int) -> dict[int, tuple[int, int]]:
-    """Return first and last sector by number as sfdisk reads them, without logical partitions.
+def _listed(stand_in: int) -> set[tuple[int, int, int]]:
+    """Return number, first and last sector of what sfdisk takes for partitions.
 
     Numbers only: the names are the image's, and one that is no Unicode breaks --json.
     """
     text = _sfdisk(stand_in, "--list", "--output=Device,Start,End")
     rows = re.findall(r"^/disk(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
-    return {int(n): (int(first), int(last)) for n, first, last in rows if int(n) <= slots}
+    return {(int(number), int(first), int(last)) for number, first, last in rows}
 
 
 def _only_added(before: Table, after: Table, new: Optional[Partition]) -> bool:

@@ -75,7 +75,7 @@ class Table:
     """A valid table: the partitions do not overlap, but may end behind the disk."""
 
     partitions: tuple[Partition, ...]
-    slots: int  # how many entries it has room for
+    free: Optional[int]  # the lowest number whose entry is all zeroes: libfdisk's idea of free
     gpt: Optional[Header] = None  # None: an MBR
 
     def end(self, disk_sectors: int) -> int:
@@ -102,9 +102,8 @@ def look(sectors: Sectors) -> Optional[Table]:
     mbr = sectors(0, 1)
     if mbr[510:] != b"\x55\xaa":
         return None
-    partitions, flags = [], set()
-    for number in range(1, 5):
-        entry = mbr[430 + 16 * number :][:16]
+    partitions, flags, entries = [], set(), _cut(mbr[446:510], 16)
+    for number, entry in enumerate(entries, 1):
         flag, _, kind, _, first, count = _MBR_ENTRY.unpack(entry)
         if kind == PROTECTIVE and first == 1:
             return _look_gpt(sectors)
@@ -113,7 +112,7 @@ def look(sectors: Sectors) -> Optional[Table]:
             partitions.append(Partition(number, first, first + count - 1, f"{kind:02x}", entry))
     if not partitions or not flags <= {0, 0x80} or not _in_order(partitions, 1):
         return None
-    return Table(tuple(partitions), 4)
+    return Table(tuple(partitions), _free(entries))
 
 
 def _look_gpt(sectors: Sectors) -> Table:
@@ -134,16 +133,23 @@ def _look_gpt(sectors: Sectors) -> Table:
     array = sectors(header.array_lba, header.array_sectors)[: header.slots * _GPT_ENTRY.size]
     if zlib.crc32(array) != header.array_crc:
         raise _damaged("wrong checksum of its entries")
-    partitions = []
-    for number in range(1, header.slots + 1):
-        entry = array[(number - 1) * _GPT_ENTRY.size :][: _GPT_ENTRY.size]
+    partitions, entries = [], _cut(array, _GPT_ENTRY.size)
+    for number, entry in enumerate(entries, 1):
         kind, _, first, last, _, label = _GPT_ENTRY.unpack(entry)
         if kind != bytes(16):
             name = label.decode("utf-16-le", "replace").partition("\0")[0]
             partitions.append(Partition(number, first, last, name, entry))
     if not _in_order(partitions, header.array_end):
         raise _damaged("overlapping partitions")
-    return Table(tuple(partitions), header.slots, header)
+    return Table(tuple(partitions), _free(entries), header)
+
+
+def _cut(array: bytes, size: int) -> list[bytes]:
+    return [array[at : at + size] for at in range(0, len(array), size)]
+
+
+def _free(entries: Sequence[bytes]) -> Optional[int]:
+    return next((number for number, entry in enumerate(entries, 1) if not any(entry)), None)
 
 
 def read_header(sector: bytes, lba: int) -> Optional[Header]:
