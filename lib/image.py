@@ -1,20 +1,22 @@
 """Image files: which format they have, whether that format is safe to decode, and the decoding.
 
-Root only looks at headers (lib/formats.py); qemu-img, which parses the rest, runs in the sandbox.
+Root only looks at headers (lib/magic.py, lib/formats.py); qemu-img, which parses the rest, runs in
+the sandbox.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any, BinaryIO
+from typing import IO, BinaryIO
 
-from lib import errors, formats, log, run
+from lib import errors, formats, log, magic, run
 from lib.errors import Error
 
 FORMATS = ("raw", *formats.PARSERS)
-_ALLOWED = ", ".join(FORMATS)
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,27 @@ def inspect(file: BinaryIO, declared: str, max_virtual_size_bytes: int) -> Image
     declared is "auto" or the format that it must be. Error if it is none or several of FORMATS,
     refers to other files, is damaged, or would be larger than `max_virtual_size_bytes`.
     """
-    read, size = _reader(file), os.fstat(file.fileno()).st_size
-    if size < formats.SECTOR:
+    read, size = _reader(file)
+    if size < magic.SECTOR:
         raise Error(f"the image is too short: {log.size(size)}", "fetch it again")
-    look = formats.look(read, size)
+    look = magic.look(read, size)
     found = _one_format(look)
     if declared not in ("auto", found):
         raise Error(
             f"format={declared}, but the image is {found}", f"set format={found} or format=auto"
         )
     if found == "raw":
-        _check_raw(look, size, declared)
         virtual = size
+        if declared == "auto":
+            _require_disk(look)
     else:
-        virtual = formats.PARSERS[found](read, size)
-    if virtual == 0 or virtual % formats.SECTOR:
+        try:
+            virtual = formats.PARSERS[found](read, size)
+        except Error as error:
+            raise Error(f"the {found} image {error.message}", error.hint) from error
+    if virtual == 0 or virtual % magic.SECTOR:
         raise Error(
-            f"the {found} image is not a whole number of 512-byte sectors ({virtual} bytes)",
+            f"the {found} image is not a whole number of 512-byte sectors: {virtual} bytes",
             "fetch it again; it may be cut short",
         )
     if virtual > max_virtual_size_bytes:
@@ -59,20 +65,22 @@ def inspect(file: BinaryIO, declared: str, max_virtual_size_bytes: int) -> Image
     return Image(found, virtual)
 
 
-def _reader(file: BinaryIO) -> formats.Read:
-    descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
+def _reader(file: BinaryIO) -> tuple[magic.Read, int]:
+    descriptor = file.fileno()
+    size = os.fstat(descriptor).st_size
 
     def read(offset: int, length: int) -> bytes:
+        # an offset from a header may be more than the kernel takes
         return os.pread(descriptor, length, offset) if offset < size else b""
 
-    return read
+    return read, size
 
 
-def _one_format(look: formats.Look) -> str:
+def _one_format(look: magic.Look) -> str:
     """Return the format, unless another program could take the file for something else."""
     names = look.names
-    if look.starts_as_container or len(names) > 1:
-        names += look.disks
+    if look.begins_as_container or len(names) > 1:
+        names += [name for name in look.disks if name in magic.TABLES]
     if len(names) > 1:
         raise Error(
             f"the image is several things at once: {', '.join(names)}",
@@ -80,22 +88,20 @@ def _one_format(look: formats.Look) -> str:
         )
     if look.foreign:
         name, hint = look.foreign[0]
-        raise Error(f"the image is {name}, and the formats are {_ALLOWED}", hint)
+        raise Error(f"the image is {name}, none of {', '.join(FORMATS)}", hint)
     return names[0] if names else "raw"
 
 
-def _check_raw(look: formats.Look, size: int, declared: str) -> None:
-    """Require evidence that a file without a format's header is a disk.
+def _require_disk(look: magic.Look) -> None:
+    """Require evidence that a file without a format's header is a disk; format=raw goes without.
 
-    An administrator who declares it raw has said so; without that, a partition table or a file
-    system is wanted (Alpine's BIOS images, and those for kernel_path=, are one file system without
-    a table). An ISO image alone is an installer; with an MBR or a GPT (hybrid) it boots as a disk.
+    A partition table or a file system is that: Alpine's BIOS images, and those for kernel_path=,
+    are one file system without a table. An ISO image alone boots from a CD drive only; with an MBR
+    or a GPT (a hybrid) it is a disk.
     """
-    if declared == "raw":
-        return
-    if look.disks == ("an ISO 9660 file system",):
+    if look.disks == (magic.ISO,):
         raise Error(
-            "the image is an ISO 9660 file system, which does not boot as a disk",
+            f"the image is {magic.ISO}, which does not boot as a disk",
             "give a cloud image, or set format=raw to write it as it is",
         )
     if not look.disks:
@@ -109,8 +115,8 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
     """Decode `file`, which inspect() found to be `image` and not raw, into the file `output`.
 
     output becomes a sparse raw file of exactly the virtual size; whatever it held is gone. Error
-    if qemu-img sees another image than inspect() did, or finds it damaged. Both are files that
-    have a name: the sandbox binds them by their descriptors.
+    if qemu-img sees another image than inspect() did, or finds it damaged. Both must have a name
+    in a directory, as the sandbox binds them; it is of no account which.
     """
     virtual = image.virtual_size_bytes
     with errors.context(f"decoding the {image.format} image"):
@@ -125,14 +131,29 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
             with run.reader(_map(image), sandbox=source, silent=True) as extents:
                 _check_extents(extents, os.fstat(file.fileno()).st_size)
             nothing.read()
-        if os.fstat(output.fileno()).st_size != virtual:
-            raise Error(f"qemu-img did not write a disk of {log.size(virtual)}")
-        hidden = formats.look(_reader(output), virtual).names
+        read, size = _reader(output)
+        if size != virtual:
+            raise Error(f"qemu-img wrote {size} bytes instead of {virtual}", "try again")
+        hidden = magic.look(read, size).names
         if hidden:
             raise Error(
                 f"the disk inside is {' and '.join(hidden)} again",
-                "give an image that is decoded once",
+                "give an image that is complete after one decoding",
             )
+
+
+def _limits(virtual_size_bytes: int) -> run.Limits:
+    """Bound qemu-img by the work there is.
+
+    Address space: twice what it was seen to take (455 MiB: a stack for each of its threads).
+    CPU: a tenth of the pace of zlib, the slowest (300 MiB/s). Wall clock: a slow disk.
+    """
+    return run.Limits(
+        address_space_bytes=1 << 30,
+        cpu_s=60 + virtual_size_bytes // (32 << 20),
+        file_size_bytes=virtual_size_bytes,
+        wall_s=120 + virtual_size_bytes / (8 << 20),
+    )
 
 
 # exit statuses of qemu-img check: good, clusters that nobody uses, no check for this format (vpc)
@@ -142,12 +163,12 @@ _CHECKED = (0, 3, 63)
 def _source(image: Image) -> list[str]:
     """Name format and file, so that qemu-img guesses nothing.
 
-    A vpc image's size is its footer's word: by default qemu takes the CHS geometry instead for
-    some creators (VirtualBox), and cuts the disk's end off.
+    A vpc image is as large as its footer says: left alone, qemu goes by the CHS geometry if the
+    creator is not known to it (VirtualBox), and the disk's end is lost.
     """
     if image.format == "vpc":
-        size = "force_size_calc=current_size"
-        return ["--image-opts", f"driver=vpc,{size},file.driver=file,file.filename=/input"]
+        options = "driver=vpc,force_size_calc=current_size,file.driver=file,file.filename=/input"
+        return ["--image-opts", options]
     return ["-f", image.format, "/input"]
 
 
@@ -164,56 +185,45 @@ def _map(image: Image) -> list[str]:
 
 
 def _convert(image: Image) -> list[str]:
-    # out of order with 16 requests: 1.7 s instead of 2.3 for a Debian image of 190 MiB;
-    # --target-is-zero (qemu 5.0) holds because the file was just made by truncate
+    # 16 requests out of order: a Debian image of 190 MiB takes 1.7 s instead of 2.3;
+    # --target-is-zero (qemu 5.0) is true of a file that was just made by truncate
     speed = ["-W", "-m", "16", "-n", "--target-is-zero"]
     return ["qemu-img", "convert", *speed, "-O", "raw", *_source(image), "/output"]
 
 
-def _limits(virtual_size_bytes: int) -> run.Limits:
-    """Bound qemu-img by the work there is.
-
-    Address space: a hostile block map asks for 2 GiB. CPU: zlib, the slowest, decodes 250 MiB/s. Wall clock: for a slow disk.
-    """
-    return run.Limits(
-        address_space_bytes=1 << 30,
-        cpu_s=60 + virtual_size_bytes // (32 << 20),
-        file_size_bytes=virtual_size_bytes,
-        wall_s=120 + virtual_size_bytes / (8 << 20),
-    )
+@contextmanager
+def _answer() -> Iterator[None]:
+    """Take a qemu-img that prints no JSON, or not of this shape, for a failed one."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise Error("qemu-img gave no answer that could be read") from error
 
 
 def _agree(image: Image, text: str) -> None:
-    """Compare qemu-img's look with ours: one parser alone was fooled more than once."""
-    info: dict[str, Any] = json.loads(text)
-    details = info.get("format-specific", {}).get("data", {})
-    if info.get("format") != image.format:
-        raise Error("qemu-img sees another format")
-    if info.get("virtual-size") != image.virtual_size_bytes:
-        raise Error(f"qemu-img sees another size: {info.get('virtual-size')} bytes")
-    if details.get("create-type", formats.VMDK_TYPES[0]) not in formats.VMDK_TYPES:
-        raise Error("qemu-img sees another vmdk type")
-    for found in (info, details):
-        for key in (
-            "backing-filename",
-            "full-backing-filename",
-            "data-file",
-            "encrypted",
-            "encrypt",
-            "corrupt",
-        ):
-            if found.get(key):
-                raise Error(f"qemu-img sees what must not be there: {key}")
+    """Compare qemu-img's look with ours: a single parser has been fooled more than once."""
+    with _answer():
+        info = json.loads(text)
+        seen = Image(info["format"], info["virtual-size"])
+        details = info.get("format-specific", {}).get("data", {})
+        vmdk_type = details.get("create-type", formats.VMDK_TYPES[0])
+        names = ("backing-filename", "data-file", "encrypted", "encrypt", "corrupt")
+        odd = [name for name in names if info.get(name) or details.get(name)]
+    if seen != image:
+        raise Error(f"qemu-img sees a disk of {seen.virtual_size_bytes} bytes, in {seen.format}")
+    if odd or vmdk_type not in formats.VMDK_TYPES:
+        raise Error(f"qemu-img sees what must not be there: {odd[0] if odd else 'create-type'}")
 
 
 def _check_extents(lines: IO[bytes], size: int) -> None:
-    """Read the map, an extent a line, and see that each lies inside the file.
+    """See that each extent that qemu-img map prints, one a line, lies inside the file.
 
-    Line by line, as a disk scattered by years of use has millions of extents: 100 GiB in clusters
-    of 64 KiB can be 250 MB of JSON.
+    A line at a time: for 100 GiB that years of use have scattered, it can be 250 MB of JSON.
     """
     for line in iter(lambda: lines.readline(4096), b""):
-        text = line.strip(b"[],\n")
-        extent = json.loads(text) if text else {}
-        if extent.get("offset", 0) + extent.get("length", 0) > size and "offset" in extent:
+        with _answer():
+            text = line.strip(b"[],\n")
+            extent = json.loads(text) if text else {}
+            end = extent["offset"] + extent["length"] if "offset" in extent else 0
+        if end > size:
             raise Error("it is cut short: data lies outside the file", "fetch it again")
