@@ -343,11 +343,11 @@ def _is_kept(before: bytes, after: bytes, new: Optional[Partition]) -> bool:
 
 def _is_spread(gpt: Header, disk: Sectors) -> bool:
     """Whether the GPT has this header, and its second copy at the disk's end says the same."""
-    last, end = gpt.alternate_lba, gpt.last_lba + 1
+    last, end, length = gpt.alternate_lba, gpt.last_lba + 1, gpt.slots * gpt.entry_size
     first, second = read_header(disk(1, 1), 1), read_header(disk(last, 1), last)
     mirrored = gpt._replace(lba=last, alternate_lba=1, array_lba=end)
     return (
         (first and first.without_checksums()) == gpt.without_checksums()
         and (second and second.without_checksums()) == mirrored.without_checksums()
-        and disk(end, last - end) == disk(gpt.array_lba, gpt.array_sectors)
+        and disk(end, last - end)[:length] == disk(gpt.array_lba, last - end)[:length]
     )

@@ -389,34 +389,36 @@ def test_an_mbr_s_seed_partition_is_used_again_if_there_is_a_seed_in_it(tmp_path
     image, disk = make(tmp_path / "image", LAYOUTS["mbr"][0]), tmp_path / "disk"
     apply(image, disk, 100 * MIB, plan(image, 100 * MIB, "gap"))
     assert plan(disk, 104 * MIB, "tail").seed == Extent(100 * MIB, 4 * MIB, "tail")
-    put(disk, 1024 * 512, fat(tmp_path / "fat", 512))
+    put(disk, 1024 * 512, fat(tmp_path / "fat", 512).read_bytes())
     assert plan(disk, 100 * MIB, "tail") == Plan((), Extent(1024 * 512, 512 << 10, "cidata"))
 
 
-def freebsd(path: Path) -> object:
-    """Make a table as mkimg does: everything packed right behind the GPT."""
-    return call(
-        *("sgdisk", "--set-alignment=1", "--new=1:34:+125K", "--change-name=1:bootfs"),
-        *("--new=2:0:+10M", "--typecode=2:ef00", "--new=3:0:+1M", "--change-name=3:config-drive"),
-        *("--new=4:0:0", "--change-name=4:rootfs", path),
-    )
+# as mkimg packs it: five entries, partitions right behind them, no alignment
+FREEBSD = sfdisk(
+    *("label: gpt", "table-length: 5", "first-lba: 4", "grain: 512"),
+    f"1: start=4, size=250, type={BIOS}, name=bootfs",
+    f"2: start=254, size=20480, type={ESP}, name=efiesp",
+    f"3: start=20734, size=4096, type={LINUX}, name=swapfs",
+    f"4: start=24830, size=2048, type={LINUX}, name=config-drive",
+    f"5: start=26878, type={LINUX}, name=rootfs",
+)
 
 
 def test_freebsd_s_config_drive_is_the_place(tmp_path: Path) -> None:
     require("growpart")
-    image, disk = make(tmp_path / "image", freebsd), tmp_path / "disk"
+    image, disk = make(tmp_path / "image", FREEBSD), tmp_path / "disk"
     planned = plan(image, 100 * MIB, "auto")
-    row = listed(image)[3]
+    row = listed(image)[4]
     assert planned.seed == Extent(row["start"] * 512, row["size"] * 512, "config-drive")
     assert row["size"] == 2048
     content = apply(image, disk, 100 * MIB, planned)
     judge(disk)
     assert listed(disk) == listed(image)
-    call("growpart", disk, 4)
-    assert end_of(disk, 4) >= 99 * MIB
+    call("growpart", disk, 5)
+    assert end_of(disk, 5) >= 99 * MIB
     assert reader(disk)(planned.seed.offset_bytes, MIB) == content
-    tail = plan(image, 100 * MIB, "tail").seed
-    assert tail is not None and tail.kind == "tail"
+    with pytest.raises(Error, match="tail: no entry of the table is free"):
+        plan(image, 100 * MIB, "tail")
 
 
 # No place
@@ -434,7 +436,7 @@ def test_freebsd_s_config_drive_is_the_place(tmp_path: Path) -> None:
             "disk 100 MiB)",
         ),
         (
-            "freebsd",
+            "packed",
             "gap",
             100,
             "no room for a seed: gap: no 256 KiB between sector 64 and the first partition at 34 "
@@ -475,7 +477,7 @@ def test_no_room_says_why_and_the_way_out(
 ) -> None:
     makers: dict[str, Callable[[Path], object]] = {
         "mbr-4": sfdisk("label: dos", *["size=20480"] * 3, "type=83"),
-        "freebsd": freebsd,
+        "packed": sgdisk("--set-alignment=1", "--new=1:34:0"),
         "full-gap": LAYOUTS["debian"][0],
         "full-mbr-gap": LAYOUTS["mbr"][0],
         "empty-gpt": sfdisk("label: gpt"),
@@ -612,22 +614,26 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # The way back
 
 
-def fat(path: Path, size_kib: int, label: str = "cidata") -> bytes:
+def fat(path: Path, size_kib: int, label: str = "cidata") -> Path:
     require("mkfs.vfat")
     call("mkfs.vfat", "-C", "-n", label, path, size_kib)
-    return path.read_bytes()
+    return path
 
 
 @pytest.mark.parametrize("kind", ["gap", "tail", "mbr gap", "mbr tail", "config-drive"])
 def test_a_seed_is_found_where_it_was_put(tmp_path: Path, kind: str) -> None:
-    maker = freebsd if kind == "config-drive" else LAYOUTS["mbr" if "mbr" in kind else "debian"][0]
+    maker = FREEBSD if kind == "config-drive" else LAYOUTS["mbr" if "mbr" in kind else "debian"][0]
     image, disk = make(tmp_path / "image", maker), tmp_path / "disk"
     planned = plan(image, 100 * MIB, kind.split()[-1] if "-" not in kind else "auto")
     apply(image, disk, 100 * MIB, planned)
     assert planned.seed is not None
     # what was put there is no FAT yet
     assert partition.find_seed(reader(disk), 100 * MIB) is None
-    put(disk, planned.seed.offset_bytes, fat(tmp_path / "fat", planned.seed.size_bytes // 1024))
+    put(
+        disk,
+        planned.seed.offset_bytes,
+        fat(tmp_path / "fat", planned.seed.size_bytes // 1024).read_bytes(),
+    )
     found = partition.find_seed(reader(disk), 100 * MIB)
     assert found is not None
     assert found.kind == ("config-drive" if kind == "config-drive" else "cidata")
@@ -660,7 +666,7 @@ def test_a_seed_behind_the_disk_s_end_is_none(tmp_path: Path) -> None:
     image, disk = make(tmp_path / "image", LAYOUTS["debian"][0]), tmp_path / "disk"
     planned = plan(image, 100 * MIB, "tail")
     apply(image, disk, 100 * MIB, planned)
-    put(disk, 95 * MIB, fat(tmp_path / "fat", 4096))
+    put(disk, 95 * MIB, fat(tmp_path / "fat", 4096).read_bytes())
     assert partition.find_seed(reader(disk), 100 * MIB) is not None
     assert partition.find_seed(reader(disk), 99 * MIB - 512) is None
 
