@@ -39,6 +39,7 @@ from lib.errors import Error, context, describe
 CHECKS_VERSION = 1
 
 FALLBACK = "/var/tmp"
+SAFE = "let nobody but root write there, or change dir in [cache] of cloudimage.conf"
 NOTE_LIMIT_BYTES = 1 << 20
 
 Note = Mapping[str, Any]  # JSON
@@ -148,25 +149,25 @@ class Cache:
 
     def _make_directory(self) -> None:
         """Make the directory and its parents where they are missing; Error if it is unsafe."""
-        modes = dict.fromkeys(reversed(self.directory.parents), 493)
-        for path, mode in {**modes, self.directory: 0o700}.items():
+        for path in (*reversed(self.directory.parents), self.directory):
             with suppress(FileExistsError):
-                path.mkdir(mode)
-                path.chmod(mode)  # whatever the umask
+                path.mkdir(0o700)
+                path.chmod(0o700 if path == self.directory else 0o755)  # whatever the umask
         self._check_directory()
 
     def _check_directory(self) -> None:
         """Raise an Error if others could put files into the directory, or another in its place."""
         if not stat.S_ISDIR(self.directory.lstat().st_mode):
-            raise Error("is a symbolic link or no directory")
+            raise Error("is a symbolic link or no directory", SAFE)
         real = self.directory.resolve()
         for path in (real, *real.parents):
             status = path.stat()
             if status.st_uid != os.geteuid() and (path == real or status.st_uid != 0):
-                raise Error(f"{path} belongs to user {status.st_uid}")
+                raise Error(f"{path} belongs to user {status.st_uid}", SAFE)
             sticky = path != real and status.st_mode & stat.S_ISVTX
-            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-                raise Error(f"{path} can be written by others, mode {status.st_mode & 0o7777:04o}")
+            mode = stat.S_IMODE(status.st_mode)
+            if mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+                raise Error(f"{path} can be written by others, mode {mode:04o}", SAFE)
 
     def _path(self, name: str, kind: str) -> Path:
         return self.directory / f"{name}.{kind}"

@@ -337,6 +337,7 @@ def test_unusable_directory(
     assert use(cache, refresh) == use(cache, refresh) == "refilled"
     assert all(w.parent == Path("/var/tmp") and not w.exists() for w in works)
     message = "cache " + words.format(*[cache.directory] * 2, parent=cache.directory.parent)
+    message += "; let nobody but root write there, or change dir in [cache] of cloudimage.conf"
     line = f"WARNING: {message}; this image goes to /var/tmp and is not kept\n"
     assert capsys.readouterr().err == 2 * line
     with pytest.raises(Error, match="cache "):
