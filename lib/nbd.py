@@ -49,6 +49,10 @@ class Connection:
         for start in range(offset, offset + length, ZERO_LIMIT_BYTES):
             self._request(WRITE_ZEROES, start, min(ZERO_LIMIT_BYTES, offset + length - start))
 
+    def extents(self) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, end, is data): all of it is."""
+        yield 0, self.size_bytes, True
+
     def sync(self) -> None:
         """Return when everything written is on stable storage."""
         self._request(FLUSH)

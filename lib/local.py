@@ -1,0 +1,203 @@
+"""A disk that has a path: an open file or block device, its holes, zeroes, locks and users."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib import log
+from lib.errors import Error, describe
+
+BLOCK_BYTES = 1 << 20
+SECTOR_BYTES = 4096  # the largest logical sector
+ZERO_STEP_BYTES = 64 << 20  # one call to the kernel, so that a signal is soon heard
+ZEROES = bytes(BLOCK_BYTES)
+
+FICLONE, BLKROGET, BLKZEROOUT = 0x40049409, 0x125E, 0x127F  # linux/fs.h
+PUNCH_HOLE_KEEP_SIZE = 0x3  # linux/falloc.h
+QEMU_LOCK_FIRST, QEMU_LOCK_COUNT = 100, 200  # qemu's block/file-posix.c, RAW_LOCK_PERM_BASE
+
+
+class Local:
+    """An open file or block device; offsets and lengths are bytes, an OSError names the disk."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        status = os.fstat(descriptor)
+        self.descriptor, self.name = descriptor, name
+        self.is_device = stat.S_ISBLK(status.st_mode)
+        self.is_file = stat.S_ISREG(status.st_mode)
+        self.is_empty = False
+        self.size_bytes = status.st_size
+        if self.is_device:
+            self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.name
+            raise
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on."""
+        with self._naming():
+            data = os.pread(self.descriptor, length, offset)
+        if len(data) < length:
+            raise Error(f"{self.name}: it ends at {offset + len(data)} bytes, within what is read")
+        return data
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write `data` at `offset`."""
+        view = memoryview(data)
+        while view:
+            with self._naming():
+                count = os.pwrite(self.descriptor, view, offset)
+            # starts the write-back now, so that fsync finds little to do (540 MiB on ext4: 0.26 s
+            # instead of 0.40 s), and leaves the node's page cache to others
+            os.posix_fadvise(self.descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+            view, offset = view[count:], offset + count
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes, whatever was there."""
+        if self.is_empty:
+            return
+        end = offset + length
+        if self.is_device:
+            first = -(-offset // SECTOR_BYTES) * SECTOR_BYTES
+            last = end // SECTOR_BYTES * SECTOR_BYTES
+            if first < last:
+                self._write_zeroes(offset, first)
+                for start in range(first, last, ZERO_STEP_BYTES):
+                    self._zero_out(start, min(ZERO_STEP_BYTES, last - start))
+                offset = last
+        self._write_zeroes(offset, end)
+
+    def _write_zeroes(self, start: int, end: int) -> None:
+        for offset in range(start, end, BLOCK_BYTES):
+            self.write(offset, ZEROES[: end - offset])
+
+    def _zero_out(self, offset: int, length: int) -> None:
+        """Zero sectors of a device; unmap them where the device promises zeroes for that."""
+        import ctypes  # 2 ms, and Python's fallocate knows no modes
+
+        start, count = ctypes.c_int64(offset), ctypes.c_int64(length)
+        libc = ctypes.CDLL(None)
+        if libc.fallocate64(self.descriptor, PUNCH_HOLE_KEEP_SIZE, start, count) != 0:
+            with self._naming():
+                fcntl.ioctl(self.descriptor, BLKZEROOUT, struct.pack("QQ", offset, length))
+
+    def empty(self) -> None:
+        """Make a file one hole of the same size; NFS knows truncation, but no punching."""
+        try:
+            os.ftruncate(self.descriptor, 0)
+        finally:
+            os.ftruncate(self.descriptor, self.size_bytes)
+        self.is_empty = True
+
+    def clone(self, image: Local) -> bool:
+        """Let a file share the blocks of `image` and keep its own size; False if it cannot."""
+        if not self.is_file:
+            return False
+        try:
+            os.ftruncate(self.descriptor, 0)
+            fcntl.ioctl(self.descriptor, FICLONE, image.descriptor)
+        except OSError as error:
+            log.debug(f"no reflink: {describe(error)}")
+            return False
+        finally:
+            os.ftruncate(self.descriptor, self.size_bytes)
+        return True
+
+    def sync(self) -> None:
+        """Return when everything written is on stable storage."""
+        with self._naming():
+            os.fsync(self.descriptor)
+
+    def extents(self) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, end, is data) from 0 to the end; a device is data everywhere."""
+        end = 0
+        while end < self.size_bytes:
+            start = self._next_data(end)
+            if start > end:
+                yield end, start, False
+            end = self.size_bytes
+            if start < end:
+                if self.is_file:
+                    end = os.lseek(self.descriptor, start, os.SEEK_HOLE)
+                yield start, end, True
+
+    def _next_data(self, offset: int) -> int:
+        if not self.is_file:
+            return offset
+        try:
+            return os.lseek(self.descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return self.size_bytes  # nothing but a hole up to the end
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[Local]:
+    """Open the disk at `path` (Ganeti's are links); Error that says why it cannot be."""
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    try:
+        yield Local(descriptor, str(path))
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(path: Path, is_device: bool) -> Iterator[None]:
+    """Keep others off the disk: a device by O_EXCL, a file by the lock of an image in use."""
+    with opened(path, os.O_RDWR | (os.O_EXCL if is_device else 0)) as disk:
+        if not is_device:
+            _lock(path, disk.descriptor)
+        elif any(fcntl.ioctl(disk.descriptor, BLKROGET, bytes(4))):
+            raise _unusable(path, OSError(errno.EROFS, ""))
+        yield
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    # a lock of the open file, not of the process: other descriptors come and go meanwhile
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, QEMU_LOCK_FIRST, QEMU_LOCK_COUNT, 0)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise _unusable(path, OSError(errno.EBUSY, "")) from error
+        log.debug(f"{path}: no locks on this file system: {describe(error)}")
+
+
+def _unusable(path: Path, error: OSError) -> Error:
+    if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        return Error(f"{path}: no such disk", "activate it with gnt-instance activate-disks")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return Error(f"{path}: the disk is read-only", "make it writable on this node")
+    if error.errno == errno.EMEDIUMTYPE:
+        return Error(f"{path}: DRBD is secondary here", "run this on the primary node")
+    if error.errno == errno.EBUSY:
+        return Error(f"{path}: in use: {_user(path)}", "release it and run this again")
+    return Error(f"{path}: {describe(error)}")
+
+
+def _user(path: Path) -> str:
+    """Name who holds a disk, as far as the kernel tells."""
+    number = os.stat(path).st_rdev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    with open("/proc/self/mountinfo", encoding="ascii", errors="backslashreplace") as mounts:
+        for fields in map(str.split, mounts):
+            if fields[2] == name:
+                return f"mounted on {fields[4]}"
+    holders = sorted(holder.name for holder in Path(f"/sys/dev/block/{name}/holders").glob("*"))
+    return f"part of {' '.join(holders)}" if holders else "by a running instance or another create"
