@@ -7,8 +7,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
@@ -63,22 +64,23 @@ def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
 @contextmanager
 def raw_image(job: Job) -> Iterator[Raw]:
     """Hand out the image of the job; for as long as the block lasts, the cache keeps it."""
-    if job.image.url is not None:
-        with store(job.config).entry(_remote_key(job), lambda old, work: _refresh(job, old, work)) as entry:
-            yield Raw(entry.file, entry.size_bytes)
-        return
-    with _open_local(job) as file:
-        _check_local(job, file)
-        found = None
-        if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
-            found = image.inspect(file, job.format, job.config.image_max_virtual_size)
-        if found is not None and found.format == "raw":
-            yield Raw(file, found.virtual_size_bytes)
-            return
-        with store(job.config).entry(
-            _local_key(job, file), lambda old, work: None if old else _fill_local(job, file, work)
-        ) as entry:
-            yield Raw(entry.file, entry.size_bytes)
+    source = job.source()
+    with ExitStack() as stack:
+        refresh: cache.Refresh
+        if source.path is None:
+            url = str(source.url)
+            key, refresh = _remote_key(job, url), partial(_refresh, job, url)
+        else:
+            file = stack.enter_context(open_local(job, source.path))
+            _check_local(job, file)
+            if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
+                found = image.inspect(file, job.format, job.config.image_max_virtual_size)
+                if found.format == "raw":
+                    yield Raw(file, found.virtual_size_bytes)
+                    return
+            key, refresh = _local_key(job, file), partial(_refresh_local, job, file)
+        entry = stack.enter_context(store(job.config).entry(key, refresh))
+        yield Raw(entry.file, entry.size_bytes)
 
 
 # --- what is expected ------------------------------------------------------------------------
@@ -91,39 +93,34 @@ def expected_digest(job: Job) -> Optional[Digest]:
     with context(f"reading the checksum list {job.checksum}"):
         listing = read(job.checksum, job.config, LIST_LIMIT_BYTES)
         if job.signature == "inline":
-            assert job.keyring is not None
-            listing = checksum.clearsigned(listing, job.keyring)
+            listing = checksum.clearsigned(listing, job.keys())
         elif isinstance(job.signature, Location):
-            assert job.keyring is not None
             signature = read(job.signature, job.config, LIST_LIMIT_BYTES)
-            checksum.verify_detached(listing, signature, job.keyring)
-        return checksum.find(listing, job.image.file_name)
+            checksum.verify_detached(listing, signature, job.keys())
+        return checksum.find(listing, job.source().file_name)
 
 
 def _check_signature(job: Job, file: BinaryIO) -> None:
     """Check a detached signature over the image itself: there is no list then."""
     if job.checksum is None and isinstance(job.signature, Location):
-        assert job.keyring is not None
-        with context(f"checking the signature {job.signature} of {job.image}"):
+        with context(f"checking the signature {job.signature} of {job.source()}"):
             signature = read(job.signature, job.config, LIST_LIMIT_BYTES)
-            checksum.verify_detached(file.fileno(), signature, job.keyring)
+            checksum.verify_detached(file.fileno(), signature, job.keys())
 
 
 def _warn_unverified(job: Job) -> None:
     if job.checksum is None and job.signature is None:
-        log.warning(f"{job.image}: no checksum= is given, so nothing proves that it is genuine")
+        log.warning(f"{job.source()}: no checksum= is given, so nothing proves that it is genuine")
 
 
 # --- http(s) ---------------------------------------------------------------------------------
 
 
-def _remote_key(job: Job) -> str:
-    assert job.image.url is not None
-    key = {"url": _bare(job.image.url), "format": job.format}
+def _remote_key(job: Job, url: str) -> str:
+    key = {"url": _bare(url), "format": job.format}
     if job.checksum is None and isinstance(job.signature, Location):
         # verified once, when the entry was filled: by this keyring or not at all
-        assert job.keyring is not None
-        with fetch.open_local(job.keyring) as file:
+        with fetch.open_local(job.keys()) as file:
             key["keyring"] = hashlib.sha256(file.read()).hexdigest()
     return json.dumps(key, sort_keys=True)
 
@@ -136,16 +133,15 @@ def _bare(url: str) -> str:
 
 
 def _refresh(
-    job: Job, old: Optional[cache.Note], work: Path
+    job: Job, url: str, old: Optional[cache.Note], work: Path
 ) -> Optional[tuple[Path, cache.Note]]:
     """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
     try:
         expected = expected_digest(job)
-        if old is not None and expected is not None and old["digests"].get(expected[0]) == expected[1]:
-            log.step(f"image: {job.image} is in the cache ({expected[0]} as expected)")
+        if old and expected and old["digests"].get(expected[0]) == expected[1]:
+            log.step(f"image: {job.source()} is in the cache ({expected[0]} as expected)")
             return None
-        known = old if expected is None else None
-        return _fetch(job, expected, known, work)
+        return _fetch(job, url, expected, old if expected is None else None, work)
     except fetch.Unavailable as error:
         if old is None or isinstance(job.checksum, tuple):
             raise
@@ -154,15 +150,14 @@ def _refresh(
 
 
 def _fetch(
-    job: Job, expected: Optional[Digest], known: Optional[cache.Note], work: Path
+    job: Job, url: str, expected: Optional[Digest], known: Optional[cache.Note], work: Path
 ) -> Optional[tuple[Path, cache.Note]]:
     """Download, verify and decode; None if the server says that the known entry is current."""
-    assert job.image.url is not None
     algorithm = expected[0] if expected else "sha256"
     path = work / "download"
     with path.open("w+b") as file:
         response = fetch.download(
-            job.image.url,
+            url,
             file,
             options(job.config),
             algorithms=(algorithm,),
@@ -171,7 +166,7 @@ def _fetch(
             need_framing=expected is None,
         )
         if response is None:
-            log.step(f"image: {job.image} is in the cache (not modified)")
+            log.step(f"image: {job.source()} is in the cache (not modified)")
             return None
         _warn_unverified(job)
         if expected is not None:
@@ -179,11 +174,11 @@ def _fetch(
             if actual != expected[1] and isinstance(job.checksum, Location):
                 # the list and the image of a "latest" URL change one after the other
                 expected = expected_digest(job) or expected
-            checksum.check(expected, actual, str(job.image))
+            checksum.check(expected, actual, str(job.source()))
         _check_signature(job, file)
         raw = _decoded(job, file, path, work)
     return raw, {
-        "url": log.redact(_bare(job.image.url)),
+        "url": log.redact(_bare(url)),
         "digests": dict(response.digests),
         "etag": response.etag,
         "last_modified": response.last_modified,
@@ -195,16 +190,16 @@ def _fetch(
 # --- files of the node -----------------------------------------------------------------------
 
 
-def _open_local(job: Job) -> BinaryIO:
-    assert job.image.path is not None
+def open_local(job: Job, path: Path) -> BinaryIO:
+    """Open an image of the node; Error if it is outside the allowed folders."""
     allowed = job.config.image_local_paths
-    file = fetch.open_local(job.image.path)
+    file = fetch.open_local(path)
     # the name of what was opened, not of what the path stands for by now
     real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
     if allowed and not any(base in real.parents for base in allowed):
         file.close()
         raise Error(
-            f"image={job.image}: is outside [image] local_paths of cloudimage.conf",
+            f"image={path}: is outside [image] local_paths of cloudimage.conf",
             f"move it below {allowed[0]}",
         )
     return file
@@ -214,21 +209,26 @@ def _check_local(job: Job, file: BinaryIO) -> None:
     """Check digest and signature of a local image, at every use."""
     expected = expected_digest(job)
     if expected is not None:
-        checksum.check(expected, checksum.digest(file, expected[0]), str(job.image))
+        checksum.check(expected, checksum.digest(file, expected[0]), str(job.source()))
     _check_signature(job, file)
     _warn_unverified(job)
 
 
 def _local_key(job: Job, file: BinaryIO) -> str:
     status = os.fstat(file.fileno())
-    identity: dict[str, Any] = {"path": str(job.image.path), "format": job.format}
+    identity: dict[str, Any] = {"path": str(job.source().path), "format": job.format}
     identity |= {"size": status.st_size, "mtime": status.st_mtime_ns, "inode": status.st_ino}
     return json.dumps(identity, sort_keys=True)
 
 
-def _fill_local(job: Job, file: BinaryIO, work: Path) -> tuple[Path, cache.Note]:
+def _refresh_local(
+    job: Job, file: BinaryIO, old: Optional[cache.Note], work: Path
+) -> Optional[tuple[Path, cache.Note]]:
+    """Decode a local image; its key says all that could make an entry stale."""
+    if old is not None:
+        return None
     raw = _decoded(job, file, None, work)
-    return raw, {"url": f"file://{job.image.path}", "digests": {}, "fetched": _now()}
+    return raw, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
 
 
 # --- decoding --------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def _fill_local(job: Job, file: BinaryIO, work: Path) -> tuple[Path, cache.Note]
 def _decoded(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path:
     """Return a sparse raw file in `work`; `path` is that of `file` if it may be used up."""
     limit = job.config.image_max_virtual_size
-    with context(f"decoding {job.image}"):
+    with context(f"decoding {job.source()}"):
         if unpack.detect(os.pread(file.fileno(), 512, 0)) is not None:
             unpacked = work / "unpacked"
             with unpacked.open("w+b") as output:

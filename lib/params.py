@@ -63,7 +63,7 @@ class Job:
     variant: Optional[str]
     description: str
     keyring: Optional[Path]
-    image: Location
+    image: Optional[Location]  # an import needs none
     format: str
     checksum: Checksum
     signature: Union[str, Location, None]  # "inline", or where the detached one is
@@ -77,6 +77,21 @@ class Job:
     seed: str
     metad: bool
     os_package: Optional[Path]
+
+    def source(self) -> Location:
+        """Return where the image is; Error if nothing names one."""
+        if self.image is None:
+            raise Error(
+                f"image: variant {self.variant} has no image of its own",
+                "give -O image=/path or a URL, or use another variant",
+            )
+        return self.image
+
+    def keys(self) -> Path:
+        """Return the keyring that signatures are checked with; parse() has asked for one."""
+        if self.keyring is None:
+            raise Error("signature: the variant names no keyring")
+        return self.keyring
 
     def documents(self) -> dict[str, Document]:
         """Return the user's texts by the name of their parameter."""
@@ -104,7 +119,7 @@ def _fill(value: str) -> str:
     machine = platform.machine()
     value = value.replace("{arch}", machine)
     value = value.replace("{deb_arch}", DEBIAN_ARCHITECTURES.get(machine, machine))
-    if re.search(r"\{[a-z_]*\}", value):
+    if re.search(r"\{[a-z_]+\}", value):
         raise ValueError("without other {names} than {arch} and {deb_arch}")
     return value
 
@@ -129,10 +144,8 @@ def _location(value: str) -> Location:
     raise ValueError("an absolute path, or a file://, http:// or https:// URL")
 
 
-def _image(value: str) -> Location:
-    if not value:
-        raise ValueError("an absolute path or URL of the image: -O image=...")
-    return _location(value)
+def _image(value: str) -> Optional[Location]:
+    return _location(value) if value else None
 
 
 def _checksum(value: str) -> Checksum:
@@ -379,6 +392,22 @@ def _conflicts(values: Mapping[str, Any], settings: Config, keyring: str) -> lis
         problems.append(
             "checksum=none: require_checksum is set in cloudimage.conf; give sha256:HEX or a list"
         )
-    if values.get("os_package") and not values.get("metad", True):
-        problems.append("os-package: is served by metad only; add metad=yes")
+    return problems + _metad_conflicts(values)
+
+
+def _metad_conflicts(values: Mapping[str, Any]) -> list[str]:
+    """Return what metad cannot serve: doc/metad.md says what it can."""
+    if not values.get("metad"):
+        if values.get("os_package") and "metad" in values:
+            return ["os-package: is served by metad only; add metad=yes"]
+        return []
+    problems = []
+    for name in ("user_data", "vendor_data"):
+        document = values.get(name)
+        if document is None or document.data == b"":
+            continue
+        if values.get("os_package"):
+            problems.append(f"{name}: os-package is the user data then; leave {name} out")
+        elif document.data is None:
+            problems.append(f"{name}: metad serves the parameter itself; give text or base64:")
     return problems

@@ -1,0 +1,313 @@
+"""The five doors, a page each: what happens in which order."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from lib import (
+    disk,
+    environment,
+    fetch,
+    hooks,
+    log,
+    network,
+    obtain,
+    params,
+    partition,
+    run,
+    seed,
+    transfer,
+    unpack,
+)
+from lib.environment import Environment
+from lib.errors import Error, context, several
+from lib.params import Document, Job, Location
+
+TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
+SEED_DISK = "cidata"
+METAD_URL = "http://169.254.169.254/ganeti/latest"
+
+
+def create(env: Environment) -> None:
+    """Write the image named by the OS parameters to the first disk of the instance.
+
+    Called by gnt-instance add and reinstall; everything it needs is in the environment.
+    """
+    name, _uuid = env.identity()
+    job = params.parse(env)
+    first, seed_disk = env.first_disk(), _seed_disk(env, job)
+    run.require(*TOOLS)
+    log.step(f"create: {job.source()} for {name} on {first.label}")
+    with _workspace() as work:
+        texts = work / "seed"
+        texts.mkdir()
+        if job.seed != "none":
+            _write_texts(env, job, texts)
+        call_hooks = _hook_caller(env, job, texts)
+        call_hooks("pre")
+        with obtain.raw_image(job) as raw:
+            target = disk.require(first, raw.size_bytes)
+            with context(f"planning the partition table of {target.disk.label}"):
+                plan = partition.plan(
+                    lambda offset, length: os.pread(raw.file.fileno(), length, offset),
+                    raw.size_bytes,
+                    target.size_bytes,
+                    "none" if seed_disk else job.seed,
+                )
+            place = _place(target, plan.seed, seed_disk)
+            volume = _volume(work, texts, place.size_bytes) if place else b""
+            with disk.unbootable_on_failure(target):
+                with disk.claim(target):
+                    disk.write(raw.file, target)
+                    for offset, data in plan.writes:
+                        target.write(offset, data)
+                    disk.sync(target)
+                if place is not None:
+                    with disk.claim(place.target):
+                        _write_volume(volume, place)
+                call_hooks("post")
+                disk.sync(target)
+    log.step(f"create: {name} is ready")
+
+
+def _seed_disk(env: Environment, job: Job) -> Optional[environment.Disk]:
+    """Return the Ganeti disk that is kept for the seed, if the seed goes there."""
+    if job.seed not in ("auto", "disk"):
+        return None
+    found = env.disk_named(SEED_DISK)
+    if found is None and job.seed == "disk":
+        raise Error(
+            f"seed=disk: no disk of the instance is named {SEED_DISK}",
+            f"add one with --disk 1:size=4m,name={SEED_DISK}",
+        )
+    return found
+
+
+@contextmanager
+def _workspace() -> Iterator[Path]:
+    """Make a private folder for the seed, in memory where the node has /run: seeds hold secrets."""
+    memory = "/run" if os.access("/run", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="cloudimage-", dir=memory) as folder:
+        yield Path(folder)
+
+
+def _write_texts(env: Environment, job: Job, texts: Path) -> None:
+    """Write the seed's four files from what Ganeti and the OS parameters say."""
+    name, uuid = env.identity()
+    documents = _read_documents(job)
+    if job.metad:
+        _require_communication_nic(env)
+        # what came as a parameter stays with metad; the disk only says where to ask
+        source = "os/package" if job.os_package else "user-data"
+        documents["user_data"] = seed.include_once(f"{METAD_URL}/{source}")
+        if not job.os_package:
+            documents["vendor_data"] = seed.include_once(f"{METAD_URL}/vendor-data")
+    seed.write_texts(
+        texts,
+        name=name,
+        uuid=uuid,
+        ssh_keys=_ssh_keys(documents["ssh_keys"]),
+        user_data=documents["user_data"],
+        vendor_data=documents["vendor_data"],
+        network=_network_config(env, job, documents.get("network")),
+    )
+
+
+def _read_documents(job: Job) -> dict[str, bytes]:
+    """Read the user's texts; an Error names the parameter, never the content."""
+    texts = {}
+    for parameter, document in job.documents().items():
+        with context(f"reading {parameter}"):
+            texts[parameter] = obtain.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
+    return texts
+
+
+def _require_communication_nic(env: Environment) -> None:
+    if not any(nic.is_communication for nic in env.nics):
+        raise Error(
+            "metad=yes: the instance has no communication NIC",
+            "set one up with gnt-instance add -c yes (see doc/metad.md), or use metad=no",
+        )
+
+
+def _network_config(env: Environment, job: Job, document: Optional[bytes]) -> Optional[bytes]:
+    """Return the text of network-config: the user's own, or one from the NICs; None for none."""
+    if document is not None:
+        return document
+    if job.network == "none":
+        return None
+    with context("writing network-config"):
+        return seed.document(
+            network.config(
+                env.nics, job.network_version, str(job.network), job.dns_servers, job.dns_search
+            )
+        )
+
+
+def _ssh_keys(text: bytes) -> list[str]:
+    try:
+        return seed.ssh_keys(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Error("ssh_keys: is not text", "write OpenSSH public keys, a line each") from None
+
+
+def _hook_caller(env: Environment, job: Job, texts: Path) -> Callable[[str], None]:
+    """Return what runs the hooks of a phase with their environment."""
+    first = env.first_disk()
+    environment = {
+        **env.variables,
+        "CLOUDIMAGE_TARGET": str(first.path or first.uri),
+        "CLOUDIMAGE_IMAGE": str(job.source()),
+        "CLOUDIMAGE_VARIANT": job.variant or "",
+        "CLOUDIMAGE_SEED_DIR": str(texts),
+    }
+    directory = params.config_directory(env)
+    return lambda phase: hooks.call(directory, phase, environment)
+
+
+# --- the other doors -------------------------------------------------------------------------
+
+
+def export(env: Environment) -> None:
+    """Write one disk of the instance to standard output, compressed as cloudimage.conf says.
+
+    Called by gnt-backup export, once for each disk.
+    """
+    settings = params.load_config(env)
+    source = disk.open_target(env.transfer_disk("EXPORT_DEVICE"))
+    with context(f"exporting {source.disk.label}"):
+        transfer.dump(source, sys.stdout.buffer, settings.export_compression, env.exp_size_fd)
+
+
+def restore(env: Environment) -> None:
+    """Write the dump on standard input to one disk of the instance.
+
+    Called by gnt-backup import, once for each disk. The dump is what export wrote, or any disk
+    dump, raw or compressed with gzip, xz, bzip2 or zstd.
+    """
+    target = disk.open_target(env.transfer_disk("IMPORT_DEVICE"))
+    dump = sys.stdin.buffer
+    head = dump.read(512)
+    kind = unpack.detect(head)
+    with disk.unbootable_on_failure(target), context(f"importing to {target.disk.label}"):
+        with disk.claim(target):
+            size_bytes = transfer.load(unpack.decompressed(dump, kind, head), target)
+            plan = partition.plan(target.read, size_bytes, target.size_bytes, "none")
+            for offset, data in plan.writes:
+                target.write(offset, data)
+            disk.sync(target)
+
+
+def rename(env: Environment) -> None:
+    """Tell the guest its new name and addresses, by way of its seed.
+
+    Called by gnt-instance rename, and by gnt-backup import after the last disk.
+    """
+    name, uuid = env.identity()
+    job = params.parse(env)
+    place = _find_seed(env)
+    if place is None:
+        log.warning(f"{name}: its disks hold no seed, so the guest keeps its name and addresses")
+        return
+    network_config = _network_config(env, job, _read_documents(job).get("network"))
+    with _workspace() as work, disk.claim(place.target):
+        old, texts = work / "old", work / "seed"
+        texts.mkdir()
+        old.write_bytes(place.target.read(place.offset_bytes, place.size_bytes))
+        try:
+            files = seed.renamed(
+                seed.read_volume(old), name=name, uuid=uuid, network=network_config
+            )
+        except Error as error:
+            log.warning(f"{name}: {error}; the guest keeps its name and addresses")
+            return
+        for file, data in files.items():
+            (texts / file).write_bytes(data)
+        _write_volume(_volume(work, texts, place.size_bytes), place)
+    log.step(f"rename: the guest will be {name} at its next boot")
+
+
+def verify(env: Environment) -> None:
+    """Check the OS parameters and the variant; every problem is a line.
+
+    Called by Ganeti before it adds, reinstalls or modifies an instance.
+    """
+    job = params.parse(env)
+    problems = []
+    given: list[tuple[str, object]] = [
+        ("image", job.image),
+        ("checksum", job.checksum),
+        ("signature", job.signature),
+        ("keyring", Location(job.keyring) if job.keyring else None),
+        ("os-package", Location(job.os_package) if job.os_package else None),
+        *job.documents().items(),
+    ]
+    for parameter, value in given:
+        try:
+            if isinstance(value, Location):
+                _check_location(job, parameter, value)
+        except Error as error:
+            problems.append(f"{parameter}: {error}")
+    if problems:
+        raise several(problems)
+
+
+def _check_location(job: Job, parameter: str, location: Location) -> None:
+    """Raise an Error if the file or document is definitely of no use."""
+    if location.url is not None:
+        fetch.probe(location.url, obtain.options(job.config))
+    elif location.path is not None and parameter == "image":
+        obtain.open_local(job, location.path).close()
+    elif isinstance(location, Document):
+        text = obtain.read(location, job.config, params.DOCUMENT_LIMIT_BYTES)
+        if parameter == "ssh_keys":
+            _ssh_keys(text)
+    elif location.path is not None:
+        fetch.open_local(location.path).close()
+
+
+# --- the seed and its place ------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Where on which disk the seed's volume is."""
+
+    target: disk.Target
+    offset_bytes: int
+    size_bytes: int
+
+
+def _place(
+    target: disk.Target, extent: Optional[partition.Extent], seed_disk: Optional[environment.Disk]
+) -> Optional[_Place]:
+    if seed_disk is not None:
+        own = disk.open_target(seed_disk)
+        return _Place(own, 0, min(own.size_bytes, seed.MAX_VOLUME_BYTES))
+    return _Place(target, extent.offset_bytes, extent.size_bytes) if extent else None
+
+
+def _find_seed(env: Environment) -> Optional[_Place]:
+    """Return where the instance's seed is: on a disk of its own, or on the first one."""
+    first = disk.open_target(env.first_disk())
+    return _place(
+        first, partition.find_seed(first.read, first.size_bytes), env.disk_named(SEED_DISK)
+    )
+
+
+def _volume(work: Path, texts: Path, size_bytes: int) -> bytes:
+    """Return the seed as a FAT volume of this size."""
+    path = work / "volume"
+    with context("making the seed's volume"):
+        seed.volume(texts, size_bytes, path)
+        return path.read_bytes()
+
+
+def _write_volume(volume: bytes, place: _Place) -> None:
+    place.target.write(place.offset_bytes, volume)
+    disk.sync(place.target)

@@ -1,0 +1,117 @@
+"""Run the doors as Ganeti runs them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, SYSTEM_PATH, require
+
+UUID = "7eb7a864-32d5-4cce-a37f-4dfde4aaf87e"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What Ganeti and the user see of a script."""
+
+    status: int
+    log: str
+    tail: str  # what gnt-instance shows of a failure
+
+    @property
+    def error(self) -> str:
+        """The last line."""
+        return self.log.splitlines()[-1] if self.log else ""
+
+
+def tail_as_ganeti(path: Path) -> str:
+    """Read the log as Ganeti's TailFile does: the last 20 lines of the last 4096 bytes."""
+    data = path.read_bytes()[-4096:]
+    return "\n".join(data.decode("ascii").splitlines()[-20:])
+
+
+class Door:
+    """Calls one script with exactly the variables that Ganeti sets, and no other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.confdir = folder / "conf"
+        self.confdir.mkdir()
+        self.cache = folder / "cache"
+        self.configure("")
+        self.path = SYSTEM_PATH
+
+    def configure(self, text: str) -> None:
+        """Write cloudimage.conf; the cache is always below the test's own folder."""
+        config = self.confdir / "cloudimage.conf"
+        config.write_text(f"[cache]\ndir = {self.cache}\n{text}")
+
+    def environment(self, disks: list[Path], more: Mapping[str, str]) -> dict[str, str]:
+        """Return what OSCoreEnv and OSEnvironment of Ganeti's backend.py set."""
+        variables = {
+            "PATH": self.path,
+            "OS_API_VERSION": "20",
+            "OS_NAME": "cloudimage",
+            "OS_VARIANT": "default",
+            "DEBUG_LEVEL": "0",
+            "INSTANCE_NAME": "vm1.example.com",
+            "INSTANCE_OS": "cloudimage+default",
+            "INSTANCE_UUID": UUID,
+            "INSTANCE_PRIMARY_NODE": "node1.example.com",
+            "INSTANCE_SECONDARY_NODES": "",
+            "HYPERVISOR": "kvm",
+            "NIC_COUNT": "1",
+            "NIC_0_MAC": "aa:00:00:12:34:01",
+            "NIC_0_MODE": "bridged",
+            "NIC_0_LINK": "br0",
+            "NIC_0_BRIDGE": "br0",
+            "DISK_COUNT": str(len(disks)),
+            "CLOUDIMAGE_CONFDIR": str(self.confdir),
+        }
+        for index, disk in enumerate(disks):
+            variables[f"DISK_{index}_PATH"] = str(disk)
+            variables[f"DISK_{index}_ACCESS"] = "rw"
+            variables[f"DISK_{index}_SIZE"] = str(disk.stat().st_size >> 20)
+        return {**variables, **more}
+
+    def __call__(
+        self, door: str, *arguments: str, disks: list[Path], stdin: Any = None, **more: str
+    ) -> Result:
+        """Run the door; both streams go to one file, as for create and rename."""
+        log = self.folder / "log"
+        with log.open("wb") as output:
+            status = subprocess.run(
+                [ROOT / door, *arguments],
+                cwd=ROOT,
+                env=self.environment(disks, more),
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdout=output,
+                stderr=output,
+                timeout=300,
+            ).returncode
+        return Result(status, log.read_text("ascii"), tail_as_ganeti(log))
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    """Return what runs the doors; tests that create need the real tools."""
+    require("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
+    return Door(tmp_path)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that makes a sparse disk of some MiB."""
+
+    def make(mib: int = 64, name: str = "disk0") -> Path:
+        path = tmp_path / name
+        with path.open("wb") as file:
+            file.truncate(mib << 20)
+        return path
+
+    return make

@@ -1,0 +1,109 @@
+"""cloudimage.conf, who may have written a file, and what lies on top of what."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lib import config, params
+from lib.errors import Error
+
+
+def load(folder: Path, text: str) -> config.Config:
+    (folder / "cloudimage.conf").write_text(text)
+    return config.load(folder, params.NAMES)
+
+
+def test_the_file_may_be_missing(tmp_path: Path) -> None:
+    settings = config.load(tmp_path, params.NAMES)
+    assert settings.cache_dir == Path("/var/cache/ganeti-instance-cloudimage")
+    assert settings.cache_max_size == 20 << 30
+    assert settings.cache_max_age == 30 * 86400
+    assert (settings.http_connect_timeout, settings.http_read_timeout) == (10, 60)
+    assert settings.http_retries == 5
+    assert settings.image_require_checksum is False
+    assert settings.export_compression == "zstd"
+
+
+def test_the_shipped_example_is_the_defaults(tmp_path: Path) -> None:
+    lines = (config.BUNDLE / "doc/cloudimage.conf").read_text().split("[defaults]")[0].split("\n")
+    text = "\n".join(
+        line[1:] if line.startswith("#") and line[1] != " " else line for line in lines
+    )
+    given, default = load(tmp_path, text), config.load(tmp_path / "none", params.NAMES)
+    for field in config.Config.__dataclass_fields__:
+        if field != "source":
+            assert getattr(given, field) == getattr(default, field), field
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[cache]\nmax_size = lots", "[cache] max_size=lots: must be a size such as 20G"),
+        ("[cache]\nmax_age = -1", "[cache] max_age=-1: must be a duration such as 60s, 12h or 30d"),
+        ("[cache]\ndir = cache", "[cache] dir=cache: must be an absolute path"),
+        ("[http]\nproxy = proxy:3128", "[http] proxy=proxy:3128: must be a URL such as"),
+        ("[http]\nretries = many", "[http] retries=many: must be a number below 1000"),
+        ("[image]\nrequire_checksum = 1", "[image] require_checksum=1: must be yes or no"),
+        ("[export]\ncompression = lzo", "[export] compression=lzo: must be zstd or none"),
+        ("[cash]\n", "unknown section [cash]; did you mean cache?"),
+        ("[http]\nproxi = x", "unknown key proxi in [http]; did you mean proxy?"),
+        ("[defaults]\nuserdata = x", "unknown key userdata in [defaults]; did you mean user_data?"),
+        ("dir = /x", "File contains no section headers"),
+        ("[cache]\ndir = /x\ndir = /y", "option 'dir' in section 'cache' already exists"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(Error) as caught:
+        load(tmp_path, text)
+    assert words in str(caught.value)
+    assert str(tmp_path / "cloudimage.conf") in str(caught.value)
+
+
+def test_not_text(tmp_path: Path) -> None:
+    (tmp_path / "cloudimage.conf").write_bytes(b"\xff\xfe")
+    with pytest.raises(Error, match="is not UTF-8 text"):
+        config.load(tmp_path, params.NAMES)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o664])
+def test_a_file_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "cloudimage.conf"
+    path.write_text("")
+    path.chmod(mode)
+    with pytest.raises(Error, match=f"others than root can write this file .* mode {mode:04o}"):
+        config.load(tmp_path, params.NAMES)
+
+
+@pytest.mark.root
+def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cloudimage.conf"
+    path.write_text("")
+    os.chown(path, 1, 1)
+    with pytest.raises(Error, match=r"owner 1, mode .*; chown root "):
+        config.load(tmp_path, params.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("0", 0), ("512", 512), ("1k", 1024), ("20G", 20 << 30), ("3 GiB", 3 << 30), ("1T", 1 << 40)],
+)
+def test_sizes(value: str, expected: int) -> None:
+    assert config.size_bytes(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("10", 10),
+        ("60s", 60),
+        ("5 min", 300),
+        ("12h", 43200),
+        ("30 days", 30 * 86400),
+        ("2w", 1209600),
+    ],
+)
+def test_durations(value: str, expected: float) -> None:
+    assert config.duration_s(value) == expected
