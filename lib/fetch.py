@@ -6,19 +6,17 @@ import errno
 import hashlib
 import io
 import os
+import re
 import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Optional
+from typing import Any, BinaryIO, Optional
 
 from lib import http, log
 from lib.errors import Error
 from lib.http import Options, Unavailable
-
-if TYPE_CHECKING:
-    from requests.adapters import HTTPAdapter
 
 __all__ = ["Options", "Response", "Unavailable", "download", "open_local", "probe", "read"]
 
@@ -83,7 +81,7 @@ def probe(url: str, options: Options) -> None:
         read_timeout_s=min(5.0, options.read_timeout_s),
     )
     try:
-        with http.connected(quick) as adapter, http.get(adapter, url, quick, ONE_BYTE) as answer:
+        with http.session(quick) as session, session.get(url, ONE_BYTE) as answer:
             if answer.status in http.REFUSED:
                 raise answer.failure()
     except http.Broken:
@@ -134,32 +132,35 @@ class _Transfer:
 
     def run(self) -> bool:
         """Try until the body is whole; False if it is not modified."""
-        options, shown = self.options, log.redact(self.url)
-        with http.connected(options) as adapter:
-            for attempt in range(options.retries + 1):
+        attempt = 0
+        with http.session(self.options) as session:
+            while True:
                 try:
-                    return self._attempt(adapter)
+                    return self._attempt(session)
                 except http.Broken as broken:
-                    if attempt == options.retries:
-                        message = f"{shown}: {broken} (attempt {attempt + 1}, the last)"
-                        raise Unavailable(message, http.UNAVAILABLE_HINT) from broken
-                    pause_s = max(options.pause_s * 2**attempt, broken.after_s)
-                    pause_s = min(pause_s, options.max_pause_s)
-                    reason = str(broken)
-                if self.progress:
-                    self.progress.end()
-                log.step(
-                    f"fetch: {shown}: {reason}; "
-                    f"retry {attempt + 1} of {options.retries} in {pause_s:g} s"
-                )
+                    attempt += 1
+                    pause_s = self._pause(attempt, broken)
                 time.sleep(pause_s)
-        raise AssertionError("not reached")
 
-    def _attempt(self, adapter: HTTPAdapter) -> bool:
+    def _pause(self, attempt: int, broken: http.Broken) -> float:
+        """Return the seconds to wait after this attempt; Unavailable if it was the last."""
+        options, shown = self.options, log.redact(self.url)
+        if attempt > options.retries:
+            message = f"{shown}: {broken} (attempt {attempt}, the last)"
+            raise Unavailable(message, http.UNAVAILABLE_HINT) from broken
+        pause_s = max(options.pause_s * (1 << (attempt - 1)), broken.after_s)
+        pause_s = min(pause_s, options.max_pause_s)
+        if self.progress:
+            self.progress.end()
+        retry = f"retry {attempt} of {options.retries} in {pause_s:g} s"
+        log.step(f"fetch: {shown}: {broken}; {retry}")
+        return pause_s
+
+    def _attempt(self, session: http.Session) -> bool:
         resume = self._resume_headers()
         if not resume:
             self._restart()
-        with http.get(adapter, self.url, self.options, resume or self.conditions) as answer:
+        with session.get(self.url, resume or self.conditions) as answer:
             if answer.status == 304 and self.conditions and not resume:
                 return False
             if answer.status == 206 and resume:
@@ -195,7 +196,7 @@ class _Transfer:
     def _begin(self, answer: http.Answer) -> None:
         """Take the header of a whole body, and refuse one that cannot be trusted."""
         self._restart()
-        headers, length = answer.headers, answer.length()
+        headers, length = answer.headers, _length(answer)
         encoding = headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             raise Error(f"{answer.shown}: came with Content-Encoding {encoding}, unasked")
@@ -218,7 +219,7 @@ class _Transfer:
             answer.headers.get("Content-Range") != there
             or answer.headers.get("ETag", self.etag) != self.etag
             or answer.headers.get("Content-Encoding", "identity").lower() != "identity"
-            or answer.length() not in (None, self.total - self.received)
+            or _length(answer) not in (None, self.total - self.received)
         ):
             self._restart()
             raise http.Broken("the server did not go on where the download stopped, starting over")
@@ -236,3 +237,15 @@ class _Transfer:
             digest.update(block)
         if self.progress:
             self.progress.update(self.received)
+
+
+def _length(answer: http.Answer) -> Optional[int]:
+    """Return Content-Length or None; Error if the header leaves it open (RFC 9112 6.3)."""
+    lengths = {each.strip() for each in answer.headers.get("Content-Length", "").split(",")} - {""}
+    coding = answer.headers.get("Transfer-Encoding", "")
+    if coding and (lengths or coding.lower() != "chunked"):
+        and_length = " and a Content-Length" if lengths else ""
+        raise Error(f"{answer.shown}: came with Transfer-Encoding {coding}{and_length}")
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", each) for each in lengths):
+        raise Error(f"{answer.shown}: came with Content-Length {', '.join(sorted(lengths))}")
+    return int(lengths.pop()) if lengths else None

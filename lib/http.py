@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import requests
     from requests.adapters import HTTPAdapter
 
+Credentials = tuple[bytes, bytes]  # user and password, not encoded
+
 BLOCK_BYTES = 256 << 10
 MAX_REDIRECTS = 5
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -83,31 +85,19 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """The header of an answer that is no redirect, and the way to its body."""
+    """An answer that is no redirect: its header, and the way to its body."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Mapping[str, str]  # names in any case; repeated ones are joined by ", "
+    response: requests.Response
     shown: str  # where it is from, in words for messages
     options: Options
-    response: requests.Response
 
     def block(self) -> bytes:
         """Return the next BLOCK_BYTES of the body; b"" at its end, which may be too early."""
         with _bounded(self.shown, self.options, self.options.read_timeout_s):
             data: bytes = self.response.raw.read(BLOCK_BYTES, decode_content=False)
         return data
-
-    def length(self) -> Optional[int]:
-        """Return Content-Length or None; Error if the header leaves it open (RFC 9112 6.3)."""
-        lengths = {each.strip() for each in self.headers.get("Content-Length", "").split(",")}
-        lengths.discard("")
-        coding = self.headers.get("Transfer-Encoding", "")
-        if coding and (lengths or coding.lower() != "chunked"):
-            and_length = " and a Content-Length" if lengths else ""
-            raise Error(f"{self.shown}: came with Transfer-Encoding {coding}{and_length}")
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", each) for each in lengths):
-            raise Error(f"{self.shown}: came with Content-Length {', '.join(sorted(lengths))}")
-        return int(lengths.pop()) if lengths else None
 
     def failure(self) -> Exception:
         """Return what a status that brings no body means: a definite no, or try again."""
@@ -119,60 +109,73 @@ class Answer:
         return Error(f"{self.shown}: {words}", REFUSED.get(self.status, "check the URL"))
 
 
-@contextmanager
-def connected(options: Options) -> Iterator[HTTPAdapter]:
-    """Hand out requests' transport; importing it costs 130 ms, so only who needs it pays."""
-    try:
-        from requests.adapters import HTTPAdapter
-    except ImportError as error:
-        raise Error("requests: not installed", "install the package python3-requests") from error
-    if options.ca_bundle is not None:
-        try:
-            ssl.create_default_context(cafile=options.ca_bundle)
-        except OSError as error:
-            raise Error(f"ca_bundle {options.ca_bundle}: {describe(error)}") from error
-    with closing(HTTPAdapter()) as adapter:
-        yield adapter
+@dataclass(frozen=True)
+class Session:
+    """The way to servers: requests' transport and how to use it."""
 
+    options: Options
+    adapter: HTTPAdapter
 
-@contextmanager
-def get(
-    adapter: HTTPAdapter, url: str, options: Options, headers: Mapping[str, str]
-) -> Iterator[Answer]:
-    """Send a GET and follow redirects; raises Broken, or Error when another try is of no use.
+    @contextmanager
+    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[Answer]:
+        """Send a GET and follow redirects; raises Broken, or Error when another try is useless.
 
-    The credentials of the URL, else of ~/.netrc, are for its host, port and scheme alone.
-    """
-    import requests
+        The credentials of the URL, else of ~/.netrc, are for its scheme, host and port alone.
+        """
+        shown = first = log.redact(url)
+        url, auth = _split(url, shown)
+        auth = auth or _netrc(url)
+        for _hop in range(MAX_REDIRECTS + 1):
+            with closing(self._send(url, headers, auth, shown)) as response:
+                status, header = response.status_code, response.headers
+                if status not in REDIRECTS:
+                    yield Answer(status, header, response, shown, self.options)
+                    return
+                target = _redirected(url, header.get("Location", ""), shown)
+            if _origin(target) != _origin(url):
+                auth = None
+            url, shown = target, f"{first} -> {log.redact(target)}"
+        raise Error(f"{first}: more than {MAX_REDIRECTS} redirects", "check the URL")
 
-    shown = first = log.redact(url)
-    url, auth = _split(url, shown)
-    auth = auth or _netrc(url)
-    for _hop in range(MAX_REDIRECTS + 1):
+    def _send(
+        self, url: str, headers: Mapping[str, str], auth: Optional[Credentials], shown: str
+    ) -> requests.Response:
+        import requests
+
+        options = self.options
         with _bounded(shown, options, options.connect_timeout_s + options.read_timeout_s):
             request = requests.Request("GET", url, {**HEADERS, **headers}, auth=auth).prepare()
-            response = adapter.send(
+            response = self.adapter.send(
                 request,
                 stream=True,
                 timeout=(options.connect_timeout_s, options.read_timeout_s),
                 verify=str(options.ca_bundle) if options.ca_bundle else True,
                 proxies={"http": options.proxy, "https": options.proxy} if options.proxy else {},
             )
-        with closing(response):
-            if response.status_code not in REDIRECTS:
-                response.raw.enforce_content_length = (
-                    False  # urllib3 2 counts, 1.26 does not: we do
-                )
-                yield Answer(response.status_code, response.headers, shown, options, response)
-                return
-            target = _redirected(url, response.headers.get("Location", ""), shown)
-        if _origin(target) != _origin(url):
-            auth = None
-        url, shown = target, f"{first} -> {log.redact(target)}"
-    raise Error(f"{first}: more than {MAX_REDIRECTS} redirects", "check the URL")
+        # urllib3 2 would count the bytes, 1.26 does not: fetch does
+        response.raw.enforce_content_length = False
+        return response
 
 
-def _split(url: str, shown: str) -> tuple[str, Optional[tuple[bytes, bytes]]]:
+@contextmanager
+def session(options: Options) -> Iterator[Session]:
+    """Hand out a Session. Importing requests costs 130 ms, so only who needs it pays."""
+    try:
+        from requests.adapters import HTTPAdapter
+    except ImportError as error:
+        raise Error("requests: not installed", "install the package python3-requests") from error
+    if options.proxy is not None:
+        _split(options.proxy, f"proxy {log.redact(options.proxy)}")
+    if options.ca_bundle is not None:
+        try:
+            ssl.create_default_context(cafile=options.ca_bundle)
+        except OSError as error:
+            raise Error(f"ca_bundle {options.ca_bundle}: {describe(error)}") from error
+    with closing(HTTPAdapter()) as adapter:
+        yield Session(options, adapter)
+
+
+def _split(url: str, shown: str) -> tuple[str, Optional[Credentials]]:
     """Return the URL as it may be sent and logged, and the user and password that were in it."""
     try:
         parts = urlsplit(url)
@@ -190,7 +193,7 @@ def _split(url: str, shown: str) -> tuple[str, Optional[tuple[bytes, bytes]]]:
     return bare, (unquote(parts.username).encode(), unquote(parts.password or "").encode())
 
 
-def _netrc(url: str) -> Optional[tuple[bytes, bytes]]:
+def _netrc(url: str) -> Optional[Credentials]:
     """Return the host's entry in ~/.netrc; ~ is root's home, HOME set or not (expanduser)."""
     from requests.utils import get_netrc_auth
 

@@ -472,6 +472,11 @@ def test_malformed_url(url: str, words: str) -> None:
     assert "secret" not in str(error)
 
 
+def test_malformed_proxy() -> None:
+    error = refusal(f"{DEAD}/", replace(QUICK, proxy="http://me:p/secret@proxy:3128"))
+    assert error.message == "proxy http://***@proxy:3128: is malformed"
+
+
 def netrc_home(tmp_path: Path, netrc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".netrc").write_text(netrc)
     monkeypatch.setenv("HOME", str(tmp_path))
