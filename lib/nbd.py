@@ -12,7 +12,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lib import log, run
@@ -20,6 +20,7 @@ from lib.errors import Error
 
 CONNECT_TIMEOUT_S = 60.0  # a Ceph cluster may take its time
 ZERO_LIMIT_BYTES = 1 << 30
+REQUEST, REQUEST_MAGIC, REPLY_MAGIC = ">IHHQQI", 0x25609513, 0x67446698
 READ, WRITE, DISCONNECT, FLUSH, WRITE_ZEROES = 0, 1, 2, 3, 6
 
 
@@ -59,30 +60,40 @@ class Connection:
 
     def close(self) -> None:
         """Tell the server that this was all, so that it ends."""
-        self.server.sendall(struct.pack(">IHHQQI", 0x25609513, 0, DISCONNECT, 0, 0, 0))
+        self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, DISCONNECT, 0, 0, 0))
         self.server.shutdown(socket.SHUT_WR)
 
     def _request(
         self, kind: int, offset: int = 0, length: int = 0, data: bytes = b"", answer_bytes: int = 0
     ) -> bytes:
-        self.server.sendall(struct.pack(">IHHQQI", 0x25609513, 0, kind, 0, offset, length))
-        self.server.sendall(data)
-        magic, error, _cookie = struct.unpack(">IIQ", self._receive(16))
-        if magic != 0x67446698:
+        try:
+            self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, kind, 0, offset, length))
+            self.server.sendall(data)
+        except OSError as error:
+            raise _Gone from error
+        magic, status, _cookie = struct.unpack(">IIQ", self._receive(16))
+        if magic != REPLY_MAGIC:
             raise Error(f"{self.uri}: qemu-nbd sent what is no reply")
-        if error:
-            raise Error(f"{self.uri}: {os.strerror(error)}")
+        if status:
+            raise Error(f"{self.uri}: {os.strerror(status)}")
         return self._receive(answer_bytes)
 
     def _receive(self, length: int) -> bytes:
         data = bytearray(length)
         view = memoryview(data)
         while view:
-            count = self.server.recv_into(view)
+            try:
+                count = self.server.recv_into(view)
+            except OSError as error:
+                raise _Gone from error
             if count == 0:
-                raise Error(f"{self.uri}: qemu-nbd closed the connection")
+                raise _Gone
             view = view[count:]
         return bytes(data)
+
+
+class _Gone(Exception):
+    """The server closed the connection; its standard error says why."""
 
 
 @contextmanager
@@ -92,23 +103,31 @@ def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
         path = os.path.join(directory, "nbd")
         command = ["qemu-nbd", "--format=raw", "--cache=writeback", "--discard=unmap"]
         command += [f"--socket={path}", *([] if writable else ["--read-only"]), "--", uri]
-        with run.process(command) as child, socket.socket(socket.AF_UNIX) as server:
-            deadline = time.monotonic() + CONNECT_TIMEOUT_S
-            while server.connect_ex(path) != 0:
-                if child.poll() is not None:
-                    assert child.stderr is not None
-                    words = child.stderr.read(4096).decode("ascii", "backslashreplace").strip()
-                    raise Error(
-                        f"{uri}: {log.printable(words, 200)}",
-                        "qemu's driver for it may be a package of its own (qemu-block-extra; "
-                        "EL: qemu-kvm-block-*)",
-                    )
-                if time.monotonic() > deadline:
-                    raise Error(f"{uri}: qemu-nbd did not open it within {CONNECT_TIMEOUT_S:g} s")
-                time.sleep(0.01)
-            connection = Connection(server, uri)
-            yield connection
-            if writable:
-                connection.sync()
-            connection.close()
+        with run.process(command) as child:
+            try:
+                with socket.socket(socket.AF_UNIX) as server:
+                    _await(server, path, uri, lambda: child.poll() is not None)
+                    connection = Connection(server, uri)
+                    yield connection
+                    if writable:
+                        connection.sync()
+                    connection.close()
+            except _Gone as error:
+                assert child.stderr is not None  # run.process makes a pipe of it
+                words = child.stderr.read(4096).decode("ascii", "backslashreplace").strip()
+                raise Error(
+                    f"{uri}: {log.printable(words, 200) or 'qemu-nbd ended'}",
+                    "qemu's driver for it may be missing: qemu-block-extra (EL: qemu-kvm-block-*)",
+                ) from error
             child.wait()
+
+
+def _await(server: socket.socket, path: str, uri: str, ended: Callable[[], bool]) -> None:
+    """Connect as soon as qemu-nbd listens."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while server.connect_ex(path) != 0:
+        if ended():
+            raise _Gone
+        if time.monotonic() > deadline:
+            raise Error(f"{uri}: qemu-nbd did not open it within {CONNECT_TIMEOUT_S:g} s")
+        time.sleep(0.01)
