@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Optional
 
-import corpus
 import pytest
-from conftest import require
 
 from lib import image
 from lib.errors import Error
 from lib.image import Image
+from tests import corpus
+from tests.conftest import require
 
 SECONDS = 20.0  # of a busy machine; what hangs, hangs for ever
 

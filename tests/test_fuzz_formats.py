@@ -1,0 +1,176 @@
+"""Random and mutated headers: inspect() answers or refuses, and never breaks or hangs.
+
+FUZZ_EXAMPLES=100000 makes it a long run (about ten minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from functools import cache
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lib import image
+from lib.errors import Error
+from tests import corpus
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
+LIMIT = 1 << 44
+DISK = corpus.base()[: corpus.MIB] + b"\x01" * 70_000 + bytes(512 * 5 - 70_000 % 512)
+
+
+def _compressed_qcow2(disk: bytes) -> bytes:
+    """One compressed cluster in place of the first plain one."""
+    data = bytearray(corpus.write_qcow2(disk))
+    packer = zlib.compressobj(wbits=-12)
+    packed = packer.compress(disk[: 1 << 16]) + packer.flush()
+    data[5 << 16 : 6 << 16] = packed.ljust(1 << 16, b"\0")
+    struct.pack_into(">Q", data, 4 << 16, 1 << 62 | (len(packed) - 1) // 512 << 54 | 5 << 16)
+    return bytes(data)
+
+
+SEEDS = {
+    "qcow2-v2": corpus.write_qcow2(DISK, 2),
+    "qcow2-v3": corpus.write_qcow2(DISK),
+    "qcow2-compressed": _compressed_qcow2(DISK),
+    "vmdk": corpus.write_vmdk(DISK),
+    "vdi": corpus.write_vdi(DISK),
+    "vpc": corpus.write_vhd(DISK),
+    "vpc-fixed": corpus.write_vhd_fixed(DISK),
+    "vhdx": corpus.write_vhdx(DISK),
+    "raw": DISK,
+}
+# where headers and tables lie, so that most mutations hit one
+PLACES = (
+    0,
+    512,
+    1536,
+    64 << 10,
+    128 << 10,
+    192 << 10,
+    256 << 10,
+    2 << 20,
+    3 << 20,
+    (3 << 20) + 65536,
+)
+NUMBERS = (
+    0,
+    1,
+    2,
+    255,
+    511,
+    512,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 62,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+)
+
+numbers = st.builds(
+    lambda number, layout: struct.pack(layout, number & (1 << 8 * struct.calcsize(layout)) - 1),
+    st.sampled_from(NUMBERS) | st.integers(0, (1 << 64) - 1),
+    st.sampled_from((">Q", "<Q", ">I", "<I", ">H", "<H", "B")),
+)
+offsets = st.builds(
+    lambda place, shift: place + shift, st.sampled_from(PLACES), st.integers(0, 600)
+) | st.integers(-1100, -1)
+patches = st.lists(st.tuples(offsets, numbers | st.binary(min_size=1, max_size=24)), max_size=5)
+
+
+@cache
+def seed(name: str) -> int:
+    """Return a file in memory that holds the seed."""
+    descriptor = os.memfd_create(name)
+    os.write(descriptor, SEEDS[name])
+    return descriptor
+
+
+def answer(descriptor: int, declared: str) -> None:
+    """Let inspect() answer; whatever it says is a line of printable ASCII."""
+    with open(descriptor, "rb", closefd=False) as file:
+        try:
+            found = image.inspect(file, declared, LIMIT)
+        except Error as error:
+            said = str(error)
+            assert said.isascii() and said.isprintable()
+        else:
+            assert found.format in image.FORMATS
+            assert 0 < found.virtual_size_bytes <= LIMIT
+            assert found.virtual_size_bytes % 512 == 0
+
+
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=2000,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@fuzz
+@given(st.sampled_from(sorted(SEEDS)), patches, st.none() | st.integers(0, 1 << 17))
+def test_mutated_images(name: str, changes: list[tuple[int, bytes]], missing: int) -> None:
+    descriptor, data = seed(name), SEEDS[name]
+    touched = []
+    for offset, change in changes:
+        place = offset % len(data)
+        change = change[: len(data) - place]
+        os.pwrite(descriptor, change, place)
+        touched.append((place, len(change)))
+    size = len(data) - min(missing or 0, len(data))
+    os.ftruncate(descriptor, size)
+    try:
+        answer(descriptor, "auto")
+    finally:
+        os.pwrite(descriptor, data[size:], size)
+        for place, length in touched:
+            os.pwrite(descriptor, data[place : place + length], place)
+
+
+@fuzz
+@given(
+    st.sampled_from(
+        (b"", b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\3", b"KDMV", b"conectix", b"vhdxfile")
+    ),
+    st.binary(max_size=2048),
+    st.sampled_from(("auto", *image.FORMATS)),
+)
+def test_random_bytes(start: bytes, rest: bytes, declared: str) -> None:
+    descriptor = os.memfd_create("random")
+    try:
+        os.write(descriptor, start + rest)
+        answer(descriptor, declared)
+    finally:
+        os.close(descriptor)
+
+
+LINES = (
+    "version=1",
+    "CID=fffffffe",
+    "parentCID=ffffffff",
+    'createType="monolithicSparse"',
+    'RW 8192 SPARSE "image"',
+    'RW 8192 FLAT "secret" 0',
+    'parentFileNameHint="secret"',
+    "# Disk DescriptorFile",
+)
+
+
+@fuzz
+@given(st.lists(st.sampled_from(LINES) | st.text(max_size=40), max_size=12))
+def test_descriptors(lines: list[str]) -> None:
+    text = "\n".join(lines).encode("utf-8", "surrogatepass")[: 20 * 512]
+    data = corpus.vmdk_header(8192, 24, 1) + text.ljust(20 * 512, b"\0")
+    data = data.ljust(24 * 512, b"\0") + struct.pack("<I", 25).ljust(64 << 10, b"\0")
+    descriptor = os.memfd_create("descriptor")
+    try:
+        os.write(descriptor, data)
+        answer(descriptor, "vmdk")
+    finally:
+        os.close(descriptor)
