@@ -122,15 +122,21 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
     with errors.context(f"decoding the {image.format} image"):
         os.ftruncate(output.fileno(), 0)
         os.ftruncate(output.fileno(), virtual)
-        source = run.Sandbox(read={"/input": file.fileno()}, limits=_limits(virtual))
-        target = replace(source, write={"/output": output.fileno()})
+        limits = _limits(virtual)
+        source = run.Sandbox(read={"/input": file.fileno()}, limits=limits)
+        target = replace(
+            source,
+            write={"/output": output.fileno()},
+            limits=replace(limits, file_size_bytes=virtual),
+        )
         _agree(image, run.run(_info(image), sandbox=source, silent=True))
         # the checks read the image while it is decoded: nobody uses the output before all are done
         with run.reader(_convert(image), sandbox=target, silent=True) as nothing:
             run.run(_check(image), sandbox=source, accept=_CHECKED)
             with run.reader(_map(image), sandbox=source, silent=True) as extents:
                 _check_extents(extents, os.fstat(file.fileno()).st_size)
-            nothing.read()
+            while nothing.read(4096):
+                pass
         read, size = _reader(output)
         if size != virtual:
             raise Error(f"qemu-img wrote {size} bytes instead of {virtual}", "try again")
@@ -151,7 +157,6 @@ def _limits(virtual_size_bytes: int) -> run.Limits:
     return run.Limits(
         address_space_bytes=1 << 30,
         cpu_s=60 + virtual_size_bytes // (32 << 20),
-        file_size_bytes=virtual_size_bytes,
         wall_s=120 + virtual_size_bytes / (8 << 20),
     )
 
@@ -196,7 +201,7 @@ def _answer() -> Iterator[None]:
     """Take a qemu-img that prints no JSON, or not of this shape, for a failed one."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise Error("qemu-img gave no answer that could be read") from error
 
 
