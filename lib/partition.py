@@ -247,9 +247,8 @@ def _edit(
         new = Partition(table.free, place.first, place.first + place.count - 1, name, b"")
     gpt = _spread(table, disk_sectors, place)
     given = head
-    if table.gpt is not None and gpt is not None:
-        lowered = write_header(head[SECTOR:][:SECTOR], table.gpt._replace(first_lba=gpt.first_lba))
-        given = head[:SECTOR] + lowered + head[2 * SECTOR :]
+    if gpt is not None:
+        given = head[:SECTOR] + write_header(head[SECTOR:][:SECTOR], gpt) + head[2 * SECTOR :]
     # a free sector for an MBR on a full disk, which knows no size: sfdisk looks for one first
     with _stand_in(given, disk_sectors + (0 if gpt else HEAD_SECTORS)) as stand_in:
         if new is None:
@@ -280,8 +279,8 @@ def _edit(
 def _spread(table: Table, disk_sectors: int, place: Optional[Extent]) -> Optional[Header]:
     """Return the GPT's header as the disk must have it, but for the checksums.
 
-    FirstUsableLBA goes down before a partition in the gap: sfdisk would not add it, and growpart
-    and systemd-repart fail in a guest over a partition that lies before it.
+    sfdisk would find the second copy's place too, but stays above FirstUsableLBA. It goes down
+    for the gap: growpart and systemd-repart fail in a guest over a partition that lies before it.
     """
     if table.gpt is None:
         return None

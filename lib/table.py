@@ -130,6 +130,8 @@ def _look_gpt(sectors: Sectors) -> Table:
         raise _damaged(f"{header.slots} entries of {header.entry_size} bytes")
     if header.array_lba < 2 or header.array_end > min(header.first_lba, HEAD_SECTORS):
         raise _damaged(f"entries in sectors {header.array_lba} to {header.array_end - 1}")
+    if header.first_lba > header.last_lba:
+        raise _damaged(f"room from sector {header.first_lba} to {header.last_lba}")
     array = sectors(header.array_lba, header.array_sectors)[: header.slots * _GPT_ENTRY.size]
     if zlib.crc32(array) != header.array_crc:
         raise _damaged("wrong checksum of its entries")
