@@ -131,10 +131,11 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
         )
         _agree(image, run.run(_info(image), sandbox=source, silent=True))
         # the checks read the image while it is decoded: nobody uses the output before all are done
-        with run.reader(_convert(image), sandbox=target, silent=True) as nothing:
+        converting = run.reader(_convert(image), sandbox=target, silent=True)
+        mapping = run.reader(_map(image), sandbox=source, silent=True)
+        with converting as nothing, mapping as extents:
             run.run(_check(image), sandbox=source, accept=_CHECKED)
-            with run.reader(_map(image), sandbox=source, silent=True) as extents:
-                _check_extents(extents, os.fstat(file.fileno()).st_size)
+            _check_extents(extents, os.fstat(file.fileno()).st_size)
             while nothing.read(4096):
                 pass
         read, size = _reader(output)
