@@ -88,7 +88,9 @@ def config(
         carrier = min(carriers, key=lambda n: not any(each.gateway for each in links[n].static))
         links[carrier] = replace(links[carrier], dns=dns)
     if version == 1:
-        return {"version": 1, "config": [_version1(link) for link in links]}
+        entries = [_version1(link) for link in links]
+        entries += [_nameserver(link) for link in links if link.dns and not link.static]
+        return {"version": 1, "config": entries}
     return {"version": 2, "ethernets": {link.name: _version2(link) for link in links}}
 
 
@@ -97,19 +99,34 @@ def _version1(link: _Link) -> dict[str, Any]:
         {"type": "dhcp" if family == 4 else "dhcp6"} for family in link.dhcp
     ]
     for each in link.static:
-        subnet = {
+        subnet: dict[str, Any] = {
             "type": "static" if each.family == 4 else "static6",
             "address": str(each.interface),
         }
         if each.gateway is not None:
             subnet["gateway"] = str(each.gateway)
         subnets.append(subnet)
-    subnets[0].update({f"dns_{key}": value for key, value in link.dns.items()})
+    for subnet in subnets[: 1 + len(link.dhcp)]:  # what stands beside DHCP, not all renderers read
+        subnet.update({f"dns_{key}": value for key, value in link.dns.items()})
     return {
         "type": "physical",
         "name": link.name,
         "mac_address": link.nic.mac,
         "subnets": subnets,
+    }
+
+
+def _nameserver(link: _Link) -> dict[str, Any]:
+    """Return the resolver's data for the guest as a whole; with DHCP, networkd heeds only this."""
+    log.warning(
+        "dns_servers and dns_search beside DHCP: a guest with netplan (Debian, Ubuntu) heeds them"
+        " only with network_version=2"
+    )
+    dns = link.dns
+    return {
+        "type": "nameserver",
+        "address": dns.get("nameservers", []),
+        "search": dns.get("search", []),
     }
 
 

@@ -194,6 +194,24 @@ def test_dns_is_on_the_first_subnet_only() -> None:
     assert "dns_search" not in subnets[0]
 
 
+def test_dns_beside_dhcp_is_said_wherever_a_renderer_looks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = network.config([nic()], 1, "auto", ["192.0.2.53"], ["example.com"])
+    assert made["config"][0]["subnets"] == [
+        {"type": "dhcp", "dns_nameservers": ["192.0.2.53"], "dns_search": ["example.com"]}
+    ]
+    assert made["config"][1:] == [
+        {"type": "nameserver", "address": ["192.0.2.53"], "search": ["example.com"]}
+    ]
+    assert capsys.readouterr().err == (
+        "WARNING: dns_servers and dns_search beside DHCP: a guest with netplan (Debian, Ubuntu)"
+        " heeds them only with network_version=2\n"
+    )
+    subnets = v1([nic(**LAN, **LAN6)], servers=["192.0.2.53"])[0]
+    assert [each["dns_nameservers"] for each in subnets] == [["192.0.2.53"]] * 2
+
+
 def test_no_nic_at_all() -> None:
     assert network.config([], 1, "auto", ["192.0.2.53"], []) == {"version": 1, "config": []}
     assert network.config([], 2, "auto", ["192.0.2.53"], []) == {"version": 2, "ethernets": {}}
