@@ -267,6 +267,7 @@ def _causes(
 def _translated(causes: Sequence[BaseException], shown: str, options: Options) -> Exception:
     """Return what an exception of requests, with what led to it, means to us."""
     import requests
+    import urllib3  # type: ignore[import-untyped,unused-ignore]
 
     # the kernel's or http.client's own words; those of the layers above quote the URL's query
     inner = [each for each in causes if isinstance(each, (OSError, HTTPException))]
@@ -283,7 +284,8 @@ def _translated(causes: Sequence[BaseException], shown: str, options: Options) -
                 f"{shown}: the certificate is not trusted: {words}",
                 "set ca_bundle in section [http] of cloudimage.conf",
             )
-    elif isinstance(causes[0], ValueError):  # a URL, proxy or header that no retry mends
+    elif isinstance(causes[0], (ValueError, urllib3.exceptions.InvalidHeader)):
+        # a URL, a proxy or a header that no retry mends
         return Error(f"{shown}: {words}", "check the URL and proxy in cloudimage.conf")
     return Broken(words)
 
@@ -291,7 +293,7 @@ def _translated(causes: Sequence[BaseException], shown: str, options: Options) -
 def _words(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, ssl.SSLCertVerificationError):
-        text = error.verify_message
+        text = getattr(error, "verify_message", text)  # Python's own check of the name has none
     elif isinstance(error, OSError):
         text = error.strerror or text
     elif isinstance(error, IncompleteRead):
