@@ -542,6 +542,14 @@ def compressed_and_cut(directory: Path) -> None:
     then(convert("qcow2", "-c"), cut(512))(directory)
 
 
+def _l2_bomb(directory: Path) -> None:
+    """More than 1 GiB of L2 tables, all of them holes."""
+    size = 2 * MIB
+    create("-f", "qcow2", "-o", "cluster_size=2M", "image", "257T")(directory)
+    os.truncate(directory / "image", 520 * size)
+    patch(3 * size, struct.pack(">513Q", *(n * size for n in range(4, 517))))(directory)
+
+
 _V3 = convert("qcow2", "-o", "compat=1.1")
 QCOW2 = [
     *(
@@ -625,6 +633,7 @@ QCOW2 = [
         create("-f", "qcow2", "-o", "cluster_size=2M", "image", "1P"),
         "max_virtual_size is 1 TiB",
     ),
+    Item("qcow2-l2-bomb", _l2_bomb, "has more than 1 GiB of L2 tables"),
     Item("qcow2-nested", nested(overlay("secret"), "qcow2"), "the disk inside is qcow2 again"),
     Item("vmdk-in-qcow2", nested(convert("vmdk"), "qcow2"), "the disk inside is vmdk again"),
     Item("qcow2-in-vdi", nested(overlay("secret"), "vdi"), "the disk inside is qcow2 again"),
@@ -803,6 +812,11 @@ VPC = [
         written(write_vhd_fixed),
         "format=raw, but the image is vpc",
         declared="raw",
+    ),
+    Item(
+        "vpc-fixed-with-a-copy",
+        written(lambda d: vhd_footer(len(d), 4) + d[512:] + vhd_footer(len(d), 2)),
+        "contradicts its copy",
     ),
     Item("vpc-header", tagged(512, b"x", _VHD), "has an impossible header"),
     Item("vpc-map-outside", tagged(528, b"\0\0\0\0\x40\0\0\0", _VHD), "its block map lies"),
