@@ -16,7 +16,7 @@ from lib.errors import Error
 
 SIDE_BYTES = 1 << 20  # what is larger is no side file, no extension header, no padding
 _BLOCK_BYTES = 512
-_MAX_HEADERS = 1000
+_MAX_HEADERS = 100  # and as many side files in memory at most
 _MAX_SEGMENTS = 1 << 18
 _DISK_SUFFIXES = (".img", ".qcow2", ".raw", ".vdi", ".vhd", ".vhdx", ".vmdk")
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,200})=")
@@ -97,7 +97,7 @@ def _extension(stream: BinaryIO, kind: bytes, size_bytes: int) -> Mapping[str, s
     while position < size_bytes:
         match = _PAX_RECORD.match(data, position)
         end = position + int(match[1]) if match else 0
-        if match is None or not match.end() < end <= size_bytes:
+        if match is None or end <= match.end() or data[end - 1 : end] != b"\n":
             raise _damaged("an extension header that is none")
         key = match[2].decode("utf-8", "surrogateescape")
         records[key] = data[match.end() : end - 1].decode("utf-8", "surrogateescape")
@@ -190,7 +190,8 @@ def check_ova(side: Mapping[str, bytes], disk: str, output: BinaryIO) -> None:
     if not descriptors:
         return
     if len(descriptors) > 1:
-        raise Error(f"the archive holds two descriptors, {' and '.join(descriptors[:2])}")
+        names = f"{descriptors[0]!r} and {descriptors[1]!r}"
+        raise Error(f"the archive holds two descriptors, {names}", "repack it with one")
     reference = _disk_reference(side[descriptors[0]])
     if reference != disk:
         raise Error(f"the OVA's descriptor is about {reference!r}, the disk in it is {disk!r}")
@@ -229,8 +230,8 @@ def _check_manifest(
     side: Mapping[str, bytes], manifest: str, disk: str, output: BinaryIO
 ) -> Iterator[str]:
     """Yield the names of the files whose digests in the manifest are right."""
-    for line in side[manifest].splitlines():
-        match = _MANIFEST_LINE.fullmatch(line.strip())
+    for line in filter(None, map(bytes.strip, side[manifest].splitlines())):
+        match = _MANIFEST_LINE.fullmatch(line)
         if match is None:
             raise Error(f"the OVA's manifest has a line that is no digest: {line[:80]!r}")
         name = match[2].decode("utf-8", "backslashreplace")

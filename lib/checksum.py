@@ -56,7 +56,7 @@ def find(text: bytes, name: str) -> Digest:
     if not found:
         names = {(listed or b"").decode("utf-8", "backslashreplace") for _, listed in entries}
         near = difflib.get_close_matches(name, sorted(names)[:1000], 1) or sorted(names)
-        raise Error(f"the checksum list does not name {name}", f"it names {near[0]!r}")
+        raise Error(f"the checksum list does not name {name}", f"it names {near[0][:120]!r}")
     if len(found) > len({algorithm for algorithm, _ in found}):
         raise Error(f"the checksum list has two different digests of {name}")
     return max(found)

@@ -221,8 +221,8 @@ BAD = {
         "there is data behind the end of the image",
     ),
     "many-members": (
-        b"".join(member(f"{number}") for number in range(1001)) + RAW + END,
-        DAMAGED + "it has more than 1000 headers",
+        b"".join(member(f"{number}") for number in range(101)) + RAW + END,
+        DAMAGED + "it has more than 100 headers",
     ),
     "gz-inside": (
         member("disk.raw", b"\x1f\x8b\x08" + OTHER) + END,
@@ -251,6 +251,7 @@ BAD = {
             "length-inside-the-key": b"5 path=x\n",
             "length-behind-the-end": b"99 path=x\n",
             "length-huge": b"9" * 5000 + b" path=x\n",
+            "no-newline": b"8 path=x6 b=c\n",
             "no-key": b"6 =x\n\n",
         }.items()
     },
@@ -345,6 +346,11 @@ GOOD_OVA = {
     "openssl-style": member("a.ovf", ovf())
     + member("a.mf", manifest().replace(b"(", b" (").replace(b"=", b" ="))
     + VMDK,
+    "blank-lines": member("a.ovf", ovf()) + member("a.mf", manifest() + b"\r\n") + VMDK,
+    "deep-descriptor": member(
+        "a.ovf", ovf("<a>" * 100_000 + '<Disk ovf:fileRef="f1"/>' + "</a>" * 100_000)
+    )
+    + VMDK,
     "nvram": member("a.ovf", ovf())
     + VMDK
     + member("a.nvram", OTHER)
@@ -375,7 +381,7 @@ BAD_OVA = {
     },
     "two-descriptors": (
         member("a.ovf", ovf()) + member("b.ovf", ovf()) + VMDK,
-        "the archive holds two descriptors, a.ovf and b.ovf",
+        "the archive holds two descriptors, 'a.ovf' and 'b.ovf'; repack it with one",
     ),
     "doctype": (
         member("a.ovf", ovf(head='<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/shadow">]>')) + VMDK,

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import require
 
 from lib import checksum
 from lib.errors import Error
+from tests.conftest import require
 
 A, B = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 LONG = A + B
