@@ -31,7 +31,7 @@ MAX_META_DATA_BYTES = 256 << 10
 MAX_FILES = 64
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
-_LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=10, wall_s=20.0)
+_LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=5, wall_s=10.0)
 
 # FreeBSD's nuageinit reads network-config only beside user data of this type with a second line,
 # and breaks on one without "ethernets".
@@ -174,7 +174,7 @@ def _ssh_key(line: str) -> str:
         kind = words[0] if words else ""
         if re.fullmatch(r"(ssh|ecdsa|sk)-[a-z0-9@.-]+", kind):
             if len(words) < 2 or not _is_blob(kind, words[1]):
-                raise Error(f"the {kind} key is damaged or cut", "copy the whole line again")
+                raise Error(f"the {kind[:50]} key is damaged or cut", "copy the whole line again")
             return " ".join([*front, *words])
     raise Error("no OpenSSH public key", "write it as ssh-ed25519 AAAA... comment")
 
@@ -271,19 +271,21 @@ def read_volume(volume: Path) -> dict[str, bytes]:
     mtools reads it in the sandbox; number and sizes are bounded by what volume() writes. Folders
     and names that volume() would not write are left out.
     """
+    run.require("bwrap", "mcopy", "mdir")
     sandbox = run.Sandbox(read={"/volume": volume}, limits=_LIMITS)
     files: dict[str, bytes] = {}
     room = MAX_VOLUME_BYTES
     try:
-        listing = run.run(["mdir", "-b", "-i", "/volume", "::/"], sandbox=sandbox)
-        names = [line[3:] for line in listing.splitlines() if line.startswith("::/")]
-        for name in [name for name in names if _FILE_NAME.fullmatch(name)][:MAX_FILES]:
-            try:
-                files[name] = _read_file(sandbox, name, room)
-            except Error:
-                if name in FILES:  # mdir shows others with "_" for what is not ASCII
-                    raise
-            room -= len(files.get(name, b""))
+        # in the C locale mdir writes "_" for what is not ASCII: a name that is no file's
+        argv = ["env", "LC_ALL=C.UTF-8", "mdir", "-b", "-i", "/volume", "::/"]
+        lines = run.run(argv, sandbox=sandbox, accept=(0, 1)).splitlines()
+        names = [line[3:] for line in lines if _FILE_NAME.fullmatch(line[3:])]
+        missing = [name for name in FILES if name not in names]
+        if missing:
+            raise Error(f"it holds no {missing[0]}")
+        for name in names[:MAX_FILES]:
+            files[name] = _read_file(sandbox, name, room)
+            room -= len(files[name])
     except Error as error:
         raise Error(
             f"the seed cannot be read: {error.message}",

@@ -30,7 +30,7 @@ def v1(nics: list[Nic], mode: str = "auto", **dns: list[str]) -> list[list[dict[
         assert entry["type"] == "physical"
         assert entry["name"] == f"eth{given.index}"
         assert entry["mac_address"] == given.mac
-    return [entry["subnets"] for entry in made["config"]]
+    return [entry["subnets"] for entry in made["config"][: len(nics)]]
 
 
 def v2(nics: list[Nic], mode: str = "auto", **dns: list[str]) -> list[dict[str, Any]]:

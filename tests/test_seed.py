@@ -409,20 +409,36 @@ def test_folders_and_odd_names_of_the_guest_are_left_out(tmp_path: Path) -> None
     assert seed.read_volume(path).keys() == set(seed.FILES)
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        pytest.param(b"\0", "the seed cannot be read: mdir failed with status 1", id="zeroes"),
-        pytest.param(b"\xff", "the seed cannot be read: mdir failed with status 1", id="ones"),
-    ],
-)
-def test_a_volume_that_is_none(tmp_path: Path, damage: bytes, message: str) -> None:
+@pytest.mark.parametrize("damage", [b"\0", b"\xff"], ids=["zeroes", "ones"])
+def test_a_volume_that_is_none(tmp_path: Path, damage: bytes) -> None:
     require("bwrap", "mcopy")
     (tmp_path / "volume").write_bytes(damage * (1 << 20))
     with pytest.raises(Error) as raised:
         seed.read_volume(tmp_path / "volume")
     assert str(raised.value) == (
-        f"{message}; mend it in the guest, or write a new one with gnt-instance reinstall"
+        "the seed cannot be read: it holds no meta-data;"
+        " mend it in the guest, or write a new one with gnt-instance reinstall"
+    )
+
+
+def test_files_larger_than_any_seed(tmp_path: Path) -> None:
+    """Two entries for the same clusters, together larger than the volume."""
+    require("bwrap", "mcopy", "mkfs.vfat")
+    path = tmp_path / "volume"
+    source = write(tmp_path / "seed")
+    (source / "one").write_bytes(bytes(20 << 20))
+    seed.volume(source, 32 << 20, path)
+    volume = bytearray(path.read_bytes())
+    free = volume.index(bytes(32), root_entry(bytes(volume), b"VENDOR~1"))
+    one = root_entry(bytes(volume), b"ONE")
+    free += -(free - one) % 32
+    volume[free : free + 32] = b"TWO" + volume[one + 3 : one + 32]
+    path.write_bytes(volume)
+    with pytest.raises(Error) as raised:
+        seed.read_volume(path)
+    assert str(raised.value) == (
+        "the seed cannot be read: its files are larger than 32 MiB;"
+        " mend it in the guest, or write a new one with gnt-instance reinstall"
     )
 
 
