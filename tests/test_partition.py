@@ -69,7 +69,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], int]] = {
             "label: gpt",
             f"14: start=2048, size=6144, type={BIOS}",
             f"15: start=8192, size=20480, type={ESP}",
-            f"1: start=28672, type={LINUX}",
+            f"1: start=28672, size=100352, type={LINUX}",
         ),
         1,
     ),
