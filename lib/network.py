@@ -36,6 +36,8 @@ _DOMAIN = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 
 @dataclass(frozen=True)
 class _Static:
+    """An address of the guest's own, its prefix, and the default gateway if it has one."""
+
     interface: Union[IPv4Interface, IPv6Interface]
     gateway: Optional[Address]
 

@@ -107,13 +107,18 @@ def _network_config(network: Optional[bytes]) -> bytes:
 
 
 def _vendor_data(theirs: bytes) -> bytes:
-    """Return our vendor data with the user's behind it, so that theirs wins where both speak.
+    """Return our vendor data with the user's; what came compressed stays so."""
+    if theirs[:2] == b"\x1f\x8b":
+        return gzip.compress(_both_vendor_data(_gunzip(theirs)), mtime=0)
+    return _both_vendor_data(theirs)
+
+
+def _both_vendor_data(theirs: bytes) -> bytes:
+    """Return a MIME message of ours and, behind it, theirs, which so wins where both speak.
 
     A part marked text/plain is known by its first line, as it is without a MIME message around it
     (cloudinit/user_data.py, TYPE_NEEDED); a MIME message is a part as it stands.
     """
-    if theirs[:2] == b"\x1f\x8b":
-        return gzip.compress(_vendor_data(_gunzip(theirs)), mtime=0)
     parts = [
         b"Content-Type: text/cloud-config\n\n#cloud-config\n" + document(_UPDATES),
         b"Content-Type: text/cloud-boothook\n\n#cloud-boothook\n" + _MACHINE_ID.encode(),

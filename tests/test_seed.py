@@ -161,6 +161,12 @@ def test_vendor_data_of_the_user_follows_ours(
     assert vendor(tmp_path / "again", theirs) == text
 
 
+def test_vendor_data_is_unpacked_once_as_cloud_init_does(tmp_path: Path) -> None:
+    inner = gzip.compress(b"#!/bin/sh")
+    text = gzip.decompress(vendor(tmp_path, gzip.compress(inner)))
+    assert parts(text)[2].get_payload(decode=True) == inner
+
+
 def test_bad_gzip_vendor_data(tmp_path: Path) -> None:
     good = gzip.compress(b"#cloud-config\n")
     with pytest.raises(Error) as raised:
