@@ -22,7 +22,6 @@ from lib.errors import Error, several
 
 FILES = ("meta-data", "user-data", "vendor-data", "network-config")
 LABEL = "cidata"  # lower case: the one spelling that every reader takes
-METADATA_URL = "http://169.254.169.254/ganeti/latest/"
 SECTOR_BYTES = 512
 # FAT16 with clusters of one sector ends here. A larger disk gets no larger volume: it would cost
 # time and hold nothing.

@@ -22,7 +22,6 @@ from tests.conftest import require
 NAME, UUID = "web1.example.com", "7eb7a864-32d5-4cce-a37f-4dfde4aaf87e"
 OTHER, THIRD = "11111111-2222-4333-8444-555555555555", "99999999-8888-4777-8666-555555555555"
 NETWORK = b'{"version": 1, "config": []}\n'
-TALK = seed.METADATA_URL
 
 
 def write(directory: Path, **changed: Any) -> Path:
@@ -99,7 +98,7 @@ def test_the_files_are_private_and_never_replaced(tmp_path: Path) -> None:
 
 
 def test_include_once() -> None:
-    assert seed.include_once(TALK + "user-data") == (
+    assert seed.include_once("http://169.254.169.254/ganeti/latest/user-data") == (
         b"#include-once\nhttp://169.254.169.254/ganeti/latest/user-data\n"
     )
 
