@@ -110,7 +110,8 @@ def plan(read: Read, image_size_bytes: int, disk_size_bytes: int, seed: str) -> 
 def find_seed(read: Read, size_bytes: int) -> Optional[Extent]:
     """Return where a disk has its seed, or None. The disk is the guest's: nothing is trusted.
 
-    Only a FAT volume labelled cidata counts, on the whole disk or in a partition made for it.
+    Only a FAT volume labelled cidata counts, on the whole disk or in one of the first four
+    partitions that are made for it: each costs a look at the disk.
     """
     disk = _sectors(read, size_bytes)
     end = size_bytes // SECTOR

@@ -550,6 +550,10 @@ def field(offset: int, value: bytes) -> Callable[[memoryview], None]:
             field(512 + 72, b"\xff" * 8),
             "the GPT is damaged: entries in sectors 18446744073709551615 to 18446744073709551646",
         ),
+        (
+            field(512 + 40, b"\xff" * 7),
+            "the GPT is damaged: room from sector 72057594037927935 to 131038",
+        ),
         (field(512 + 72, b"\3"), "the GPT is damaged: wrong checksum of its entries"),
         (field(1024 + 32, b"\0" * 8), "the GPT is damaged: overlapping partitions"),
         (field(1024 + 40, b"\0" * 8), "the GPT is damaged: overlapping partitions"),
