@@ -61,14 +61,14 @@ def create(env: Environment) -> None:
                     "none" if seed_disk else job.seed,
                 )
             place = _place(target, plan.seed, seed_disk)
-            volume = _volume(work, texts, place.size_bytes) if place else b""
+            volume = _volume(work, texts, place.size_bytes) if place else None
             with disk.unbootable_on_failure(target):
                 with disk.claim(target):
                     disk.write(raw.file, target)
                     for offset, data in plan.writes:
                         target.write(offset, data)
                     disk.sync(target)
-                if place is not None:
+                if place is not None and volume is not None:
                     with disk.claim(place.target):
                         _write_volume(volume, place)
                 call_hooks("post")
@@ -300,14 +300,18 @@ def _find_seed(env: Environment) -> Optional[_Place]:
     )
 
 
-def _volume(work: Path, texts: Path, size_bytes: int) -> bytes:
-    """Return the seed as a FAT volume of this size."""
+def _volume(work: Path, texts: Path, size_bytes: int) -> Path:
+    """Return the seed as a FAT volume of at most this size."""
     path = work / "volume"
     with context("making the seed's volume"):
         seed.volume(texts, size_bytes, path)
-        return path.read_bytes()
+    return path
 
 
-def _write_volume(volume: bytes, place: _Place) -> None:
-    place.target.write(place.offset_bytes, volume)
+def _write_volume(volume: Path, place: _Place) -> None:
+    if place.offset_bytes == 0:  # a disk of its own, which may hold old signatures
+        with volume.open("rb") as file:
+            disk.write(file, place.target)
+    else:
+        place.target.write(place.offset_bytes, volume.read_bytes())
     disk.sync(place.target)

@@ -38,10 +38,15 @@ def describe(error: OSError) -> str:
 
 @contextmanager
 def context(doing: str) -> Iterator[None]:
-    """Prefix what fails inside with what was being done: a gerund and its object."""
+    """Prefix what fails inside with what was being done: a gerund and its object.
+
+    An Error stays the one it is, so that a caller can still tell its kind.
+    """
     try:
         yield
     except Error as error:
-        raise Error(f"{doing}: {error.message}", error.hint) from error
+        error.message = f"{doing}: {error.message}"
+        error.lines = tuple(f"{doing}: {line}" for line in error.lines)
+        raise
     except OSError as error:
         raise Error(f"{doing}: {describe(error)}") from error

@@ -74,7 +74,8 @@ def raw_image(job: Job) -> Iterator[Raw]:
             file = stack.enter_context(open_local(job, source.path))
             _check_local(job, file)
             if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
-                found = image.inspect(file, job.format, job.config.image_max_virtual_size)
+                with context(f"looking at {source}"):
+                    found = image.inspect(file, job.format, job.config.image_max_virtual_size)
                 if found.format == "raw":
                     yield Raw(file, found.virtual_size_bytes)
                     return

@@ -13,7 +13,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -32,23 +32,19 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
 _LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=5, wall_s=10.0)
 
-# FreeBSD's nuageinit reads network-config only beside user data of this type with a second line,
-# and breaks on one without "ethernets".
-_NO_USER_DATA = b"#cloud-config\n{}\n"
+# FreeBSD's nuageinit breaks on a network-config without "ethernets".
 _NO_NETWORK = {"config": "disabled", "ethernets": {}}
-
-# A rewritten network-config is applied at the next boot, not only for a new instance-id.
-_UPDATES = {"updates": {"network": {"when": ["boot"]}}}
 
 # cloud-init leaves the machine-id alone, so a copy shares it with its original, and with it, under
 # systemd-networkd, the DHCP identity. A boothook, for user data cannot replace it as it would
-# replace a bootcmd; in every seed, for then rename need not touch the vendor data. More than one
-# directory below instances at the first boot under an instance-id is what makes a copy.
-_MACHINE_ID = """\
+# replace a bootcmd.
+_MACHINE_ID = b"""\
+Content-Type: text/cloud-boothook
+
+#cloud-boothook
 #!/bin/sh
-# A copy of an instance gets a machine-id of its own, once.
+# A clone of an instance gets a machine-id of its own, once.
 [ "$1" = first-boot ] || exec cloud-init-per instance ganeti_machine_id "$0" first-boot
-[ "$(ls /var/lib/cloud/instances | wc -l)" -gt 1 ] || exit 0
 id=$(tr -d - < /proc/sys/kernel/random/uuid)
 for file in /etc/machine-id /var/lib/dbus/machine-id; do
     [ ! -s "$file" ] || echo "$id" > "$file"
@@ -91,7 +87,7 @@ def write_texts(
         meta["public-keys"] = meta["public_keys"] = list(ssh_keys)  # the second is nuageinit's
     texts = (
         document(meta),
-        user_data or _NO_USER_DATA,
+        user_data,
         _vendor_data(vendor_data),
         _network_config(network),
     )
@@ -106,28 +102,45 @@ def _network_config(network: Optional[bytes]) -> bytes:
 
 
 def _vendor_data(theirs: bytes) -> bytes:
-    """Return our vendor data with the user's; what came compressed stays so."""
-    if theirs[:2] == b"\x1f\x8b":
-        return gzip.compress(_both_vendor_data(_gunzip(theirs)), mtime=0)
-    return _both_vendor_data(theirs)
+    """Return our vendor data with the user's behind it, which so wins where both speak.
+
+    Ours: a rewritten network-config is applied at the next boot, not only for a new instance-id.
+    """
+    ours = b"#cloud-config\n" + document({"updates": {"network": {"when": ["boot"]}}})
+    if not theirs:
+        return ours
+    return _recompressed(theirs, lambda text: _multipart(_part(ours), _part(text)))
 
 
-def _both_vendor_data(theirs: bytes) -> bytes:
-    """Return a MIME message of ours and, behind it, theirs, which so wins where both speak.
+def _with_machine_id(vendor_data: bytes) -> bytes:
+    """Return the vendor data of a clone: what it was, and a machine-id of its own."""
+    return _recompressed(
+        vendor_data,
+        lambda text: text if _MACHINE_ID in text else _multipart(_MACHINE_ID, _part(text)),
+    )
+
+
+def _recompressed(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """Return `data` changed; what came compressed stays so."""
+    if data[:2] == b"\x1f\x8b":
+        return gzip.compress(change(_gunzip(data)), mtime=0)
+    return change(data)
+
+
+def _part(text: bytes) -> bytes:
+    """Return any vendor data as a part of a MIME message.
 
     A part marked text/plain is known by its first line, as it is without a MIME message around it
     (cloudinit/user_data.py, TYPE_NEEDED); a MIME message is a part as it stands.
     """
-    parts = [
-        b"Content-Type: text/cloud-config\n\n#cloud-config\n" + document(_UPDATES),
-        b"Content-Type: text/cloud-boothook\n\n#cloud-boothook\n" + _MACHINE_ID.encode(),
-    ]
-    if b"mime-version:" in theirs[:4096].lower():
-        parts.append(theirs)
-    elif theirs:
-        encoded = base64.encodebytes(theirs)
-        parts.append(b"Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\n" + encoded)
-    boundary = b"==" + hashlib.sha256(theirs).hexdigest()[:32].encode() + b"=="
+    if b"mime-version:" in text[:4096].lower():
+        return text
+    encoded = base64.encodebytes(text)
+    return b"Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\n" + encoded
+
+
+def _multipart(*parts: bytes) -> bytes:
+    boundary = b"==" + hashlib.sha256(b"".join(parts)).hexdigest()[:32].encode() + b"=="
     head = b'Content-Type: multipart/mixed; boundary="' + boundary + b'"\nMIME-Version: 1.0\n\n'
     body = b"".join(b"--" + boundary + b"\n" + part + b"\n" for part in parts)
     return head + body + b"--" + boundary + b"--\n"
@@ -313,7 +326,8 @@ def renamed(
 
     The seed remembers which instance it was last written for, apart from the instance-id, which a
     restored instance keeps: so a later rename of that one is not taken for a clone. Another uuid
-    and another name is a clone, which gets a new instance-id; in all other cases it stays.
+    and another name is a clone, which gets a new instance-id and machine-id; in all other cases
+    they stay, and so does everything that the user gave.
     """
     try:
         meta = json.loads(files["meta-data"][:MAX_META_DATA_BYTES])
@@ -321,10 +335,12 @@ def renamed(
         is_clone = uuid != owner["uuid"] and name != owner["name"]
         meta["instance-id"] = uuid if is_clone else meta["instance-id"]
         meta.update({"local-hostname": name, "ganeti": {"uuid": uuid, "name": name}})
-        text = document(meta)
+        changed = {"meta-data": document(meta), "network-config": _network_config(network)}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Error(
             "the seed's meta-data is none that cloudimage wrote",
             "set instance-id, local-hostname and the addresses in it by hand",
         ) from error
-    return {**files, "meta-data": text, "network-config": _network_config(network)}
+    if is_clone:
+        changed["vendor-data"] = _with_machine_id(files.get("vendor-data", b""))
+    return {**files, **changed}

@@ -76,8 +76,8 @@ def test_user_data_goes_through_byte_for_byte(tmp_path: Path, data: bytes) -> No
     assert (write(tmp_path, user_data=data) / "user-data").read_bytes() == data
 
 
-def test_no_user_data_is_an_empty_cloud_config(tmp_path: Path) -> None:
-    assert (write(tmp_path) / "user-data").read_bytes() == b"#cloud-config\n{}\n"
+def test_no_user_data_is_an_empty_file(tmp_path: Path) -> None:
+    assert (write(tmp_path) / "user-data").read_bytes() == b""
 
 
 def test_network_config_is_given_or_disabled(tmp_path: Path) -> None:
@@ -115,13 +115,8 @@ def vendor(directory: Path, theirs: bytes) -> bytes:
 
 
 def test_vendor_data_of_ours(tmp_path: Path) -> None:
-    ours = parts(vendor(tmp_path, b""))
-    assert [part.get_content_type() for part in ours] == [
-        "text/cloud-config",
-        "text/cloud-boothook",
-    ]
-    head, _newline, text = str(ours[0].get_payload()).partition("\n")
-    assert head == "#cloud-config"
+    head, _newline, text = vendor(tmp_path, b"").partition(b"\n")
+    assert head == b"#cloud-config"
     assert json.loads(text) == {"updates": {"network": {"when": ["boot"]}}}
 
 
@@ -154,7 +149,7 @@ def test_vendor_data_of_the_user_follows_ours(
     tmp_path: Path, theirs: bytes, found: list[bytes]
 ) -> None:
     text = vendor(tmp_path / "plain", theirs)
-    assert [part.get_payload(decode=True) for part in parts(text)[2:]] == found
+    assert [part.get_payload(decode=True) for part in parts(text)[1:]] == found
     compressed = vendor(tmp_path / "gzip", gzip.compress(theirs))
     assert gzip.decompress(compressed) == text
     assert vendor(tmp_path / "again", theirs) == text
@@ -163,7 +158,7 @@ def test_vendor_data_of_the_user_follows_ours(
 def test_vendor_data_is_unpacked_once_as_cloud_init_does(tmp_path: Path) -> None:
     inner = gzip.compress(b"#!/bin/sh")
     text = gzip.decompress(vendor(tmp_path, gzip.compress(inner)))
-    assert parts(text)[2].get_payload(decode=True) == inner
+    assert parts(text)[1].get_payload(decode=True) == inner
 
 
 def test_bad_gzip_vendor_data(tmp_path: Path) -> None:
@@ -513,6 +508,13 @@ def test_the_cases(made: dict[str, bytes], name: str, uuid: str, instance_id: st
     }
     assert after["network-config"] == b"{}"
     untouched = ("user-data", "vendor-data", "extra")
+    if instance_id == OTHER:
+        untouched = ("user-data", "extra")
+        machine_id, *rest = parts(after["vendor-data"])
+        assert machine_id.get_content_type() == "text/cloud-boothook"
+        assert [part.as_bytes() for part in rest] == [
+            part.as_bytes() for part in parts(made["vendor-data"])
+        ]
     assert {key: after[key] for key in untouched} == {key: made[key] for key in untouched}
     assert after.keys() == made.keys()
 
@@ -525,7 +527,9 @@ def test_a_restored_instance_that_is_renamed_is_no_clone(made: dict[str, bytes])
 
 def test_a_clone_of_a_clone_and_its_restore(made: dict[str, bytes]) -> None:
     clone = rename(made, "web2.example.com", OTHER)
-    assert meta(rename(clone, "web3.example.com", THIRD))["instance-id"] == THIRD
+    again = rename(clone, "web3.example.com", THIRD)
+    assert meta(again)["instance-id"] == THIRD
+    assert again["vendor-data"] == clone["vendor-data"]
     assert meta(rename(clone, "web2.example.com", THIRD))["instance-id"] == OTHER
 
 
