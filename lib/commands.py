@@ -198,10 +198,22 @@ def restore(env: Environment) -> None:
     with disk.unbootable_on_failure(target), context(f"importing to {target.disk.label}"):
         with disk.claim(target):
             size_bytes = transfer.load(unpack.decompressed(dump, kind, head), target)
-            plan = partition.plan(target.read, size_bytes, target.size_bytes, "none")
-            for offset, data in plan.writes:
-                target.write(offset, data)
+            _spread(target, size_bytes)
             disk.sync(target)
+
+
+def _spread(target: disk.Target, size_bytes: int) -> None:
+    """Move the second GPT to the end of a disk that is larger than its dump.
+
+    What a guest has made of its table is its own matter: a damaged one is restored as it was.
+    """
+    try:
+        plan = partition.plan(target.read, size_bytes, target.size_bytes, "none")
+    except Error as error:
+        log.warning(f"{target.label}: the partition table is left as it was: {error.message}")
+        return
+    for offset, data in plan.writes:
+        target.write(offset, data)
 
 
 def rename(env: Environment) -> None:
@@ -289,7 +301,9 @@ def _place(
     if seed_disk is not None:
         own = disk.open_target(seed_disk)
         return _Place(own, 0, min(own.size_bytes, seed.MAX_VOLUME_BYTES))
-    return _Place(target, extent.offset_bytes, extent.size_bytes) if extent else None
+    if extent is None:
+        return None
+    return _Place(target, extent.offset_bytes, min(extent.size_bytes, seed.MAX_VOLUME_BYTES))
 
 
 def _find_seed(env: Environment) -> Optional[_Place]:

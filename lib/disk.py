@@ -137,7 +137,7 @@ def _length(block: Block) -> int:
 def _pieces(block: Block, start: int) -> Iterator[tuple[int, Block]]:
     """Yield (offset, piece) for the block from `start` on; runs of zeroes as their length."""
     end = _length(block)
-    if isinstance(block, int):
+    if isinstance(block, int) or ZEROES.startswith(block):
         if start < end:
             yield start, end - start
         return

@@ -120,7 +120,7 @@ def _zstd(output: int) -> Iterator[int]:
         source, pipe = os.pipe()
         read_end.callback(os.close, source)
         write_end.callback(os.close, pipe)
-        fcntl.fcntl(pipe, F_SETPIPE_SZ, BLOCK_BYTES)
+        _widen(pipe)
         with run.process(command, stdin=source, stdout=output) as child:
             read_end.close()
             try:
@@ -135,6 +135,14 @@ def _zstd(output: int) -> Iterator[int]:
         raise BrokenPipeError(errno.EPIPE, "the reader of the dump went away")
     if status != 0:
         raise Error(f"zstd failed with status {status}: {log.printable(words, 200)}")
+
+
+def _widen(pipe: int) -> None:
+    """Let a pipe hold a whole block instead of 64 KiB: fewer switches between the processes."""
+    try:
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, BLOCK_BYTES)
+    except OSError:
+        pass  # no pipe, or the user's pipes hold too much already
 
 
 def _feed(descriptor: int, block: Block) -> None:
@@ -163,6 +171,7 @@ def load(opened: AbstractContextManager[BinaryIO], target: Target) -> int:
 
 def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
     with opened as stream:
+        _widen(stream.fileno())
         block = stream.read(BLOCK_BYTES)
         if not block:
             raise Error("the dump is empty", "look for why the export wrote nothing")

@@ -26,13 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-import httpd
 import pytest
-from conftest import ROOT, require
 
 from lib import fetch
 from lib.errors import Error
 from lib.http import BLOCK_BYTES
+from tests import httpd
+from tests.conftest import ROOT, require
 
 DATA = bytes(range(251)) * 3000
 OTHER = DATA[::-1]

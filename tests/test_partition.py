@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from conftest import require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import partition
 from lib.errors import Error
 from lib.partition import Extent, Plan
+from tests.conftest import require
 
 MIB = 1 << 20
 IMAGE_MIB = 64

@@ -32,7 +32,7 @@ class Cluster:
         mark = secrets.token_hex(8)
         self.shell.stdin.write(f"( {command}\n) < /dev/null 2>&1; echo {mark} $?\n")
         self.shell.stdin.flush()
-        lines = []
+        lines: list[str] = []
         for line in self.shell.stdout:
             if mark in line:
                 before, _, status = line.partition(mark)

@@ -92,8 +92,8 @@ def test_every_compression(
 
 def test_archive(door: Door, disk: Callable[..., Path], images: Path, tmp_path: Path) -> None:
     packed = tmp_path / "image.tar.gz"
-    argv = ["tar", "-C", images, "--transform=s/.*/disk.raw/", "-Sczf", packed, "gpt.raw"]
-    subprocess.run(argv, check=True)
+    argv = ["tar", "-C", str(images), "--transform=s/.*/disk.raw/", "-Sczf", str(packed)]
+    subprocess.run([*argv, "gpt.raw"], check=True)
     target = disk()
     result = door("create", disks=[target], OSP_IMAGE=str(packed))
     assert result.status == 0, result.log
@@ -237,8 +237,8 @@ def bad_images(folder: Path, images: Path) -> dict[str, Path]:
     for tool, name in (("gzip", "gz"), ("xz", "xz"), ("zstd", "zst")):
         packed = subprocess.run([tool, "-1", "-c"], input=raw, capture_output=True, check=True)
         made[name].write_bytes(packed.stdout[:-1000])
-    options = ["-f", "qcow2", "-b", images / "gpt.raw", "-F", "raw"]
-    subprocess.run(["qemu-img", "create", "-q", *options, made["backing"]], check=True)
+    options = ["-f", "qcow2", "-b", str(images / "gpt.raw"), "-F", "raw"]
+    subprocess.run(["qemu-img", "create", "-q", *options, str(made["backing"])], check=True)
     with tarfile.open(made["two"], "w") as tar:
         for name in ("a.raw", "b.raw"):
             member = tarfile.TarInfo(name)
