@@ -137,12 +137,12 @@ def _zstd(output: int) -> Iterator[int]:
         raise Error(f"zstd failed with status {status}: {log.printable(words, 200)}")
 
 
-def _widen(pipe: int) -> None:
+def _widen(pipe: Union[int, BinaryIO]) -> None:
     """Let a pipe hold a whole block instead of 64 KiB: fewer switches between the processes."""
     try:
         fcntl.fcntl(pipe, F_SETPIPE_SZ, BLOCK_BYTES)
     except OSError:
-        pass  # no pipe, or the user's pipes hold too much already
+        pass  # not a pipe, or too much is held by pipes already
 
 
 def _feed(descriptor: int, block: Block) -> None:
@@ -171,7 +171,7 @@ def load(opened: AbstractContextManager[BinaryIO], target: Target) -> int:
 
 def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
     with opened as stream:
-        _widen(stream.fileno())
+        _widen(stream)
         block = stream.read(BLOCK_BYTES)
         if not block:
             raise Error("the dump is empty", "look for why the export wrote nothing")
