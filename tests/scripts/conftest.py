@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, SYSTEM_PATH, require
 
 UUID = "7eb7a864-32d5-4cce-a37f-4dfde4aaf87e"
+GAP = 64 * 512  # where the seed is in tests/images.py's GPT
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ def tail_as_ganeti(path: Path) -> str:
     """Read the log as Ganeti's TailFile does: the last 20 lines of the last 4096 bytes."""
     data = path.read_bytes()[-4096:]
     return "\n".join(data.decode("ascii").splitlines()[-20:])
+
+
+def seed_files(disk: Path, offset: int = GAP) -> dict[str, bytes]:
+    """Read the seed back with mtools."""
+    volume = f"{disk}@@{offset}"
+    names = subprocess.run(["mdir", "-b", "-i", volume, "::/"], check=True, capture_output=True)
+    return {
+        name[3:]: subprocess.run(
+            ["mtype", "-i", volume, name], check=True, capture_output=True
+        ).stdout
+        for name in names.stdout.decode().split()
+    }
 
 
 class Door:

@@ -21,9 +21,7 @@ from lib import log
 from tests import httpd
 from tests.conftest import ROOT
 from tests.images import MIB, convert, disk_image
-from tests.scripts.conftest import UUID, Door
-
-GAP = 64 * 512
+from tests.scripts.conftest import GAP, UUID, Door, seed_files
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +32,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for fmt in ("qcow2", "vmdk", "vdi", "vpc", "vhdx"):
         convert(folder / "gpt.raw", fmt)
     return folder
-
-
-def seed_files(disk: Path, offset: int = GAP) -> dict[str, bytes]:
-    """Read the seed back with mtools."""
-    volume = f"{disk}@@{offset}"
-    names = subprocess.run(["mdir", "-b", "-i", volume, "::/"], check=True, capture_output=True)
-    return {
-        name[3:]: subprocess.run(
-            ["mtype", "-i", volume, name], check=True, capture_output=True
-        ).stdout
-        for name in names.stdout.decode().split()
-    }
 
 
 def assert_image(disk: Path, image: Path) -> None:
