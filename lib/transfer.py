@@ -123,17 +123,18 @@ def _zstd(output: int) -> Iterator[int]:
         _widen(pipe)
         with run.process(command, stdin=source, stdout=output) as child:
             read_end.close()
+            ended_early = False
             try:
                 yield pipe
             except BrokenPipeError:
-                pass  # zstd ended early and says below why
+                ended_early = True
             write_end.close()
             assert child.stderr is not None  # run.process makes a pipe of it
             words = child.stderr.read().decode("ascii", "backslashreplace").strip()
             status = child.wait()
     if status == -signal.SIGPIPE:
         raise BrokenPipeError(errno.EPIPE, "the reader of the dump went away")
-    if status != 0:
+    if status != 0 or ended_early:
         raise Error(f"zstd failed with status {status}: {log.printable(words, 200)}")
 
 

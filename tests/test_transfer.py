@@ -117,12 +117,13 @@ def test_full_output(tmp_path: Path) -> None:
     assert "No space left on device" in caught.value.message
 
 
-def test_zstd_that_fails(tmp_path: Path, tool: Callable[[str, str], Path]) -> None:
-    tool("zstd", "echo no memory >&2; exit 11")
+@pytest.mark.parametrize("status", [11, 0])
+def test_zstd_that_fails(tmp_path: Path, tool: Callable[[str, str], Path], status: int) -> None:
+    tool("zstd", f"echo no memory >&2; exit {status}")
     source = sparse(tmp_path / "disk", *DISKS["no hole"])
     with open(tmp_path / "out", "wb") as output, pytest.raises(Error) as caught:
         transfer.dump(source, output, "zstd")
-    assert str(caught.value) == "zstd failed with status 11: no memory"
+    assert str(caught.value) == f"zstd failed with status {status}: no memory"
 
 
 @contextmanager
