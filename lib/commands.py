@@ -1,4 +1,4 @@
-"""The five doors, a page each: what happens in which order."""
+"""The doors that change something, a page each: what happens in which order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import NamedTuple, Optional
 from lib import (
     disk,
     environment,
-    fetch,
     hooks,
+    keys,
     log,
     network,
     obtain,
@@ -22,12 +22,13 @@ from lib import (
     partition,
     run,
     seed,
+    sources,
     transfer,
     unpack,
 )
 from lib.environment import Environment
-from lib.errors import Error, context, several
-from lib.params import Document, Job, Location
+from lib.errors import Error, context
+from lib.params import Job
 
 TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
 SEED_DISK = "cidata"
@@ -112,7 +113,7 @@ def _write_texts(env: Environment, job: Job, texts: Path) -> None:
         texts,
         name=name,
         uuid=uuid,
-        ssh_keys=_ssh_keys(documents["ssh_keys"]),
+        ssh_keys=keys.parse(documents["ssh_keys"]),
         user_data=documents["user_data"],
         vendor_data=documents["vendor_data"],
         network=_network_config(env, job, documents.get("network")),
@@ -124,7 +125,7 @@ def _read_documents(job: Job) -> dict[str, bytes]:
     texts = {}
     for parameter, document in job.documents().items():
         with context(f"reading {parameter}"):
-            texts[parameter] = obtain.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
+            texts[parameter] = sources.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
     return texts
 
 
@@ -148,13 +149,6 @@ def _network_config(env: Environment, job: Job, document: Optional[bytes]) -> Op
                 env.nics, job.network_version, str(job.network), job.dns_servers, job.dns_search
             )
         )
-
-
-def _ssh_keys(text: bytes) -> list[str]:
-    try:
-        return seed.ssh_keys(text.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise Error("ssh_keys: is not text", "write OpenSSH public keys, a line each") from None
 
 
 def _hook_caller(env: Environment, job: Job, texts: Path) -> Callable[[str], None]:
@@ -243,45 +237,6 @@ def rename(env: Environment) -> None:
             (texts / file).write_bytes(data)
         _write_volume(_volume(work, texts, place.size_bytes), place)
     log.step(f"rename: the guest will be {name} at its next boot")
-
-
-def verify(env: Environment) -> None:
-    """Check the OS parameters and the variant; every problem is a line.
-
-    Called by Ganeti before it adds, reinstalls or modifies an instance.
-    """
-    job = params.parse(env)
-    problems = []
-    given: list[tuple[str, object]] = [
-        ("image", job.image),
-        ("checksum", job.checksum),
-        ("signature", job.signature),
-        ("keyring", Location(job.keyring) if job.keyring else None),
-        ("os-package", Location(job.os_package) if job.os_package else None),
-        *job.documents().items(),
-    ]
-    for parameter, value in given:
-        try:
-            if isinstance(value, Location):
-                _check_location(job, parameter, value)
-        except Error as error:
-            problems.append(f"{parameter}: {error}")
-    if problems:
-        raise several(problems)
-
-
-def _check_location(job: Job, parameter: str, location: Location) -> None:
-    """Raise an Error if the file or document is definitely of no use."""
-    if location.url is not None:
-        fetch.probe(location.url, obtain.options(job.config))
-    elif location.path is not None and parameter == "image":
-        obtain.open_local(job, location.path).close()
-    elif isinstance(location, Document):
-        text = obtain.read(location, job.config, params.DOCUMENT_LIMIT_BYTES)
-        if parameter == "ssh_keys":
-            _ssh_keys(text)
-    elif location.path is not None:
-        fetch.open_local(location.path).close()
 
 
 # --- the seed and its place ------------------------------------------------------------------

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import os
 import re
-import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
 from lib import http, log
 from lib.errors import Error
 from lib.http import Options, Unavailable
 
-__all__ = ["Options", "Response", "Unavailable", "download", "open_local", "probe", "read"]
+__all__ = ["Options", "Response", "Unavailable", "download", "probe", "read"]
 
 ONE_BYTE = {"Range": "bytes=0-0"}
 
@@ -86,31 +82,6 @@ def probe(url: str, options: Options) -> None:
                 raise answer.failure()
     except http.Broken:
         pass
-
-
-def open_local(path: Path) -> BinaryIO:
-    """Open an image of the node, once: a regular file under this very name and nothing else."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise Error(f"{path}: is a symbolic link", "name the file itself") from error
-        if error.errno == errno.ENXIO:
-            raise Error(f"{path}: is not a regular file") from error
-        raise Error(f"{path}: {error.strerror}") from error
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise Error(f"{path}: is a directory", "name an image in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise Error(f"{path}: is not a regular file")
-        if status.st_size == 0:
-            raise Error(f"{path}: is empty")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 @dataclass

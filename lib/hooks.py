@@ -22,9 +22,9 @@ def find(directory: Path, phase: str) -> list[Path]:
     scripts = config.overlay(
         directory,
         f"hooks.d/{phase}",
-        lambda path: _NAME.fullmatch(path.name) is not None
-        and path.is_file()
-        and os.access(path, os.X_OK),
+        lambda path: (
+            _NAME.fullmatch(path.name) is not None and path.is_file() and os.access(path, os.X_OK)
+        ),
     )
     for script in scripts:
         config.require_trusted(script)

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-from lib import cache, checksum, fetch, image, log, run, unpack
+from lib import cache, checksum, fetch, image, log, run, sources, unpack
 from lib.config import Config
-from lib.errors import Error, context
-from lib.params import Digest, Document, Job, Location
+from lib.errors import context
+from lib.params import Digest, Job, Location
 
 LIST_LIMIT_BYTES = 1 << 20
 
@@ -29,36 +29,9 @@ class Raw:
     size_bytes: int
 
 
-def options(settings: Config) -> fetch.Options:
-    """Return how to talk to HTTP servers, from cloudimage.conf."""
-    return fetch.Options(
-        proxy=settings.http_proxy,
-        ca_bundle=settings.http_ca_bundle,
-        connect_timeout_s=settings.http_connect_timeout,
-        read_timeout_s=settings.http_read_timeout,
-        retries=settings.http_retries,
-        max_size_bytes=settings.image_max_virtual_size,
-    )
-
-
 def store(settings: Config) -> cache.Cache:
     """Return the node's cache of decoded images."""
     return cache.Cache(settings.cache_dir, settings.cache_max_size, settings.cache_max_age)
-
-
-def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
-    """Read a small file of the node or of a server."""
-    if isinstance(location, Document) and location.data is not None:
-        data = location.data
-    elif location.url is not None:
-        return fetch.read(location.url, options(settings), limit_bytes)
-    else:
-        assert location.path is not None
-        with fetch.open_local(location.path) as file:
-            data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise Error(f"{location}: is larger than {log.size(limit_bytes)}")
-    return data
 
 
 @contextmanager
@@ -71,7 +44,7 @@ def raw_image(job: Job) -> Iterator[Raw]:
             url = str(source.url)
             key, refresh = _remote_key(job, url), partial(_refresh, job, url)
         else:
-            file = stack.enter_context(open_local(job, source.path))
+            file = stack.enter_context(sources.open_image(job, source.path))
             _check_local(job, file)
             if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
                 with context(f"looking at {source}"):
@@ -92,11 +65,11 @@ def expected_digest(job: Job) -> Optional[Digest]:
     if job.checksum is None or isinstance(job.checksum, tuple):
         return job.checksum
     with context(f"reading the checksum list {job.checksum}"):
-        listing = read(job.checksum, job.config, LIST_LIMIT_BYTES)
+        listing = sources.read(job.checksum, job.config, LIST_LIMIT_BYTES)
         if job.signature == "inline":
             listing = checksum.clearsigned(listing, job.keys())
         elif isinstance(job.signature, Location):
-            signature = read(job.signature, job.config, LIST_LIMIT_BYTES)
+            signature = sources.read(job.signature, job.config, LIST_LIMIT_BYTES)
             checksum.verify_detached(listing, signature, job.keys())
         return checksum.find(listing, job.source().file_name)
 
@@ -105,7 +78,7 @@ def _check_signature(job: Job, file: BinaryIO) -> None:
     """Check a detached signature over the image itself: there is no list then."""
     if job.checksum is None and isinstance(job.signature, Location):
         with context(f"checking the signature {job.signature} of {job.source()}"):
-            signature = read(job.signature, job.config, LIST_LIMIT_BYTES)
+            signature = sources.read(job.signature, job.config, LIST_LIMIT_BYTES)
             checksum.verify_detached(file.fileno(), signature, job.keys())
 
 
@@ -121,7 +94,7 @@ def _remote_key(job: Job, url: str) -> str:
     key = {"url": _bare(url), "format": job.format}
     if job.checksum is None and isinstance(job.signature, Location):
         # verified once, when the entry was filled: by this keyring or not at all
-        with fetch.open_local(job.keys()) as file:
+        with sources.open_file(job.keys()) as file:
             key["keyring"] = hashlib.sha256(file.read()).hexdigest()
     return json.dumps(key, sort_keys=True)
 
@@ -160,7 +133,7 @@ def _fetch(
         response = fetch.download(
             url,
             file,
-            options(job.config),
+            sources.options(job.config),
             algorithms=(algorithm,),
             etag=known["etag"] if known else None,
             last_modified=known["last_modified"] if known else None,
@@ -189,21 +162,6 @@ def _fetch(
 
 
 # --- files of the node -----------------------------------------------------------------------
-
-
-def open_local(job: Job, path: Path) -> BinaryIO:
-    """Open an image of the node; Error if it is outside the allowed folders."""
-    allowed = job.config.image_local_paths
-    file = fetch.open_local(path)
-    # the name of what was opened, not of what the path stands for by now
-    real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
-    if allowed and not any(base in real.parents for base in allowed):
-        file.close()
-        raise Error(
-            f"image={path}: is outside [image] local_paths of cloudimage.conf",
-            f"move it below {allowed[0]}",
-        )
-    return file
 
 
 def _check_local(job: Job, file: BinaryIO) -> None:

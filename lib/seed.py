@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import gzip
 import hashlib
 import io
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lib import log, run
-from lib.errors import Error, several
+from lib.errors import Error
 
 FILES = ("meta-data", "user-data", "vendor-data", "network-config")
 LABEL = "cidata"  # lower case: the one spelling that every reader takes
@@ -158,69 +157,6 @@ def _gunzip(data: bytes) -> bytes:
             "let it fetch what is large",
         )
     return text
-
-
-def ssh_keys(text: str) -> list[str]:
-    """Return the public keys in `text`, in the grammar of authorized_keys in sshd(8).
-
-    The Error has a line for each of the first lines that are none, and repeats none of them: they
-    may come from a private parameter.
-    """
-    keys, problems = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
-        if line and not line.startswith("#"):
-            try:
-                keys.append(_ssh_key(line))
-            except Error as error:
-                problems.append(f"ssh_keys line {number}: {error}")
-    if problems:
-        raise several(problems[:5])
-    return keys
-
-
-def _ssh_key(line: str) -> str:
-    """Return one key with single spaces between options, type, key and comment."""
-    if "PRIVATE KEY" in line:
-        raise Error("a private key", "give the public one, from the file that ends in .pub")
-    if not line.replace("\t", " ").isprintable():
-        raise Error("bytes that are no text", "give one public key a line")
-    options, rest = _split_options(line)
-    for front, key in ([], line), ([options], rest):
-        words = key.split(None, 2)
-        kind = words[0] if words else ""
-        if re.fullmatch(r"(ssh|ecdsa|sk)-[a-z0-9@.-]+", kind):
-            if len(words) < 2 or not _is_blob(kind, words[1]):
-                raise Error(f"the {kind[:50]} key is damaged or cut", "copy the whole line again")
-            return " ".join([*front, *words])
-    raise Error("no OpenSSH public key", "write it as ssh-ed25519 AAAA... comment")
-
-
-def _split_options(line: str) -> tuple[str, str]:
-    """Split at the first blank outside double quotes, within which only \\" is an escape."""
-    quoted = False
-    for match in re.finditer(r'\\"|"|[ \t]', line):
-        if match[0] == '"':
-            quoted = not quoted
-        elif match[0] != '\\"' and not quoted:
-            return line[: match.start()], line[match.end() :]
-    return line, ""
-
-
-def _is_blob(kind: str, encoded: str) -> bool:
-    """Whether this is the base64 of a key of this type, and the whole of it (RFC 4253, 6.6)."""
-    try:
-        blob = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        return False
-    fields, at = [], 0
-    while at + 4 <= len(blob):
-        end = at + 4 + int.from_bytes(blob[at : at + 4], "big")
-        fields.append(blob[at + 4 : end])
-        if "-cert-" in kind:  # has numbers between its strings
-            break
-        at = end
-    return bool(fields) and fields[0] == kind.encode() and (at in (0, len(blob)))
 
 
 def volume(directory: Path, size_bytes: int, output: Path) -> None:

@@ -701,52 +701,6 @@ def test_probe_of_a_host() -> None:
         fetch.probe("http://nosuch.invalid/image", QUICK)
 
 
-# --- local files
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("missing", "No such file or directory"),
-        ("directory", "is a directory"),
-        ("fifo", "is not a regular file"),
-        ("socket", "is not a regular file"),
-        ("link", "is a symbolic link"),
-        ("empty", "is empty"),
-    ],
-)
-def test_open_local_refuses(kind: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "image"
-    with socket.socket(socket.AF_UNIX) as unix:
-        if kind == "directory":
-            path.mkdir()
-        elif kind == "fifo":
-            os.mkfifo(path)
-        elif kind == "socket":
-            unix.bind(str(path))
-        elif kind == "link":
-            path.symlink_to("/etc/passwd")
-        elif kind == "empty":
-            path.touch()
-        with pytest.raises(Error) as caught:
-            fetch.open_local(path)
-    assert caught.value.message == f"{path}: {words}"
-
-
-def test_open_local_refuses_a_device() -> None:
-    with pytest.raises(Error, match="/dev/zero: is not a regular file"):
-        fetch.open_local(Path("/dev/zero"))
-
-
-def test_open_local(tmp_path: Path) -> None:
-    path = tmp_path / "image"
-    path.write_bytes(DATA)
-    with fetch.open_local(path) as file:
-        path.unlink()
-        assert file.read() == DATA
-        assert not os.get_inheritable(file.fileno())
-
-
 # --- the library itself
 
 

@@ -51,8 +51,11 @@ ALLOWED = {
     "fetch": GROUND | {"http"},
     "disk": GROUND | {"local", "nbd"},
     "partition": GROUND | {"table"},
-    "obtain": GROUND | {"cache", "checksum", "fetch", "image", "params", "unpack"},
-    "commands": GROUND | MIDDLE | {"obtain"},
+    "keys": {"errors"},
+    "sources": GROUND | {"fetch", "params"},
+    "obtain": GROUND | {"cache", "checksum", "fetch", "image", "params", "sources", "unpack"},
+    "checks": GROUND | {"fetch", "keys", "params", "sources"},
+    "commands": GROUND | MIDDLE | {"keys", "obtain", "sources"},
     "cli": GROUND | {"entry", "obtain", "params"},
 }
 MODULES = sorted((ROOT / "lib").glob("*.py"))

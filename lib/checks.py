@@ -1,0 +1,50 @@
+"""The door verify: what is definitely wrong with the OS parameters, before anything is made."""
+
+from __future__ import annotations
+
+from lib import keys, params, sources
+from lib.environment import Environment
+from lib.errors import Error, several
+from lib.params import Document, Job, Location
+
+
+def verify(env: Environment) -> None:
+    """Check the OS parameters and the variant; every problem is a line.
+
+    Called by Ganeti before it adds, reinstalls or modifies an instance.
+    """
+    job = params.parse(env)
+    problems = []
+    given: list[tuple[str, object]] = [
+        ("image", job.image),
+        ("checksum", job.checksum),
+        ("signature", job.signature),
+        ("keyring", Location(job.keyring) if job.keyring else None),
+        ("os-package", Location(job.os_package) if job.os_package else None),
+        *job.documents().items(),
+    ]
+    for parameter, value in given:
+        try:
+            if isinstance(value, Location):
+                _check_location(job, parameter, value)
+        except Error as error:
+            for line in error.lines:  # some name the parameter themselves
+                problems.append(line if line.startswith(parameter) else f"{parameter}: {line}")
+    if problems:
+        raise several(problems)
+
+
+def _check_location(job: Job, parameter: str, location: Location) -> None:
+    """Raise an Error if the file or document is definitely of no use."""
+    if location.url is not None:
+        from lib import fetch
+
+        fetch.probe(location.url, sources.options(job.config))
+    elif location.path is not None and parameter == "image":
+        sources.open_image(job, location.path).close()
+    elif isinstance(location, Document):
+        text = sources.read(location, job.config, params.DOCUMENT_LIMIT_BYTES)
+        if parameter == "ssh_keys":
+            keys.parse(text)
+    elif location.path is not None:
+        sources.open_file(location.path).close()

@@ -1,0 +1,92 @@
+"""Where a Job's files and documents are: paths of the node, opened with care, and URLs.
+
+fetch, and with it Python's HTTP and TLS, is imported only where a URL is asked for: verify has to
+answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from lib import log
+from lib.config import Config
+from lib.errors import Error
+from lib.params import Document, Job, Location
+
+if TYPE_CHECKING:
+    from lib import fetch
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of the node, once: a regular file under this very name and nothing else."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Error(f"{path}: is a symbolic link", "name the file itself") from error
+        if error.errno == errno.ENXIO:
+            raise Error(f"{path}: is not a regular file") from error
+        raise Error(f"{path}: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise Error(f"{path}: is a directory", "name an image in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise Error(f"{path}: is not a regular file")
+        if status.st_size == 0:
+            raise Error(f"{path}: is empty")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def options(settings: Config) -> fetch.Options:
+    """Return how to talk to HTTP servers, from cloudimage.conf."""
+    from lib import fetch
+
+    return fetch.Options(
+        proxy=settings.http_proxy,
+        ca_bundle=settings.http_ca_bundle,
+        connect_timeout_s=settings.http_connect_timeout,
+        read_timeout_s=settings.http_read_timeout,
+        retries=settings.http_retries,
+        max_size_bytes=settings.image_max_virtual_size,
+    )
+
+
+def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
+    """Read a small file of the node or of a server."""
+    if isinstance(location, Document) and location.data is not None:
+        data = location.data
+    elif location.url is not None:
+        from lib import fetch
+
+        return fetch.read(location.url, options(settings), limit_bytes)
+    else:
+        assert location.path is not None
+        with open_file(location.path) as file:
+            data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise Error(f"{location}: is larger than {log.size(limit_bytes)}")
+    return data
+
+
+def open_image(job: Job, path: Path) -> BinaryIO:
+    """Open an image of the node; Error if it is outside the allowed folders."""
+    allowed = job.config.image_local_paths
+    file = open_file(path)
+    # the name of what was opened, not of what the path stands for by now
+    real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    if allowed and not any(base in real.parents for base in allowed):
+        file.close()
+        raise Error(
+            f"image={path}: is outside [image] local_paths of cloudimage.conf",
+            f"move it below {allowed[0]}",
+        )
+    return file
