@@ -28,7 +28,7 @@ from lib import (
 )
 from lib.environment import Environment
 from lib.errors import Error, context
-from lib.params import Job
+from lib.params import Document, Job
 
 TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
 SEED_DISK = "cidata"
@@ -101,32 +101,30 @@ def _workspace() -> Iterator[Path]:
 def _write_texts(env: Environment, job: Job, texts: Path) -> None:
     """Write the seed's four files from what Ganeti and the OS parameters say."""
     name, uuid = env.identity()
-    documents = _read_documents(job)
+    user_data = _read(job, "user_data", job.user_data)
+    vendor_data = _read(job, "vendor_data", job.vendor_data)
     if job.metad:
         _require_communication_nic(env)
         # what came as a parameter stays with metad; the disk only says where to ask
         source = "os/package" if job.os_package else "user-data"
-        documents["user_data"] = seed.include_once(f"{METAD_URL}/{source}")
+        user_data = seed.include_once(f"{METAD_URL}/{source}")
         if not job.os_package:
-            documents["vendor_data"] = seed.include_once(f"{METAD_URL}/vendor-data")
+            vendor_data = seed.include_once(f"{METAD_URL}/vendor-data")
     seed.write_texts(
         texts,
         name=name,
         uuid=uuid,
-        ssh_keys=keys.parse(documents["ssh_keys"]),
-        user_data=documents["user_data"],
-        vendor_data=documents["vendor_data"],
-        network=_network_config(env, job, documents.get("network")),
+        ssh_keys=keys.parse(_read(job, "ssh_keys", job.ssh_keys)),
+        user_data=user_data,
+        vendor_data=vendor_data,
+        network=_network_config(env, job),
     )
 
 
-def _read_documents(job: Job) -> dict[str, bytes]:
-    """Read the user's texts; an Error names the parameter, never the content."""
-    texts = {}
-    for parameter, document in job.documents().items():
-        with context(f"reading {parameter}"):
-            texts[parameter] = sources.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
-    return texts
+def _read(job: Job, parameter: str, document: Document) -> bytes:
+    """Read a text of the user's; an Error names the parameter, never the content."""
+    with context(f"reading {parameter}"):
+        return sources.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
 
 
 def _require_communication_nic(env: Environment) -> None:
@@ -137,16 +135,16 @@ def _require_communication_nic(env: Environment) -> None:
         )
 
 
-def _network_config(env: Environment, job: Job, document: Optional[bytes]) -> Optional[bytes]:
+def _network_config(env: Environment, job: Job) -> Optional[bytes]:
     """Return the text of network-config: the user's own, or one from the NICs; None for none."""
-    if document is not None:
-        return document
+    if isinstance(job.network, Document):
+        return _read(job, "network", job.network)
     if job.network == "none":
         return None
     with context("writing network-config"):
         return seed.document(
             network.config(
-                env.nics, job.network_version, str(job.network), job.dns_servers, job.dns_search
+                env.nics, job.network_version, job.network, job.dns_servers, job.dns_search
             )
         )
 
@@ -221,7 +219,7 @@ def rename(env: Environment) -> None:
     if place is None:
         log.warning(f"{name}: its disks hold no seed, so the guest keeps its name and addresses")
         return
-    network_config = _network_config(env, job, _read_documents(job).get("network"))
+    network_config = _network_config(env, job)
     with _workspace() as work, disk.claim(place.target):
         old, texts = work / "old", work / "seed"
         texts.mkdir()
