@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ FORMATS = ("raw", *formats.PARSERS)
 _CONVERT = ("convert", "-W", "-m", "16", "-n", "--target-is-zero", "-O", "raw")
 # exit statuses of qemu-img check: good, clusters that nobody uses, no check for this format (vpc)
 _CHECKED = (0, 3, 63)
+WRITE_BEHIND_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,10 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
         with converting as nothing, mapping as lines:
             run.run(_qemu_img(image, "check", "-q"), sandbox=source, accept=_CHECKED)
             _check_extents(lines, os.fstat(file.fileno()).st_size)
-            while nothing.read(4096):
-                pass
+            # write behind: decompression is the limit, so the disk has time, and whoever makes the
+            # file last finds little left to do
+            while not select.select([nothing], [], [], WRITE_BEHIND_S)[0] or nothing.read(4096):
+                os.fdatasync(output.fileno())
         read, size = _reader(output)
         if size != virtual:
             raise Error(f"qemu-img wrote {size} bytes instead of {virtual}", "try again")
