@@ -260,11 +260,16 @@ def _place(
 
 
 def _find_seed(env: Environment) -> Optional[_Place]:
-    """Return where the instance's seed is: on a disk of its own, or on the first one."""
-    first = disk.open_target(env.first_disk())
-    return _place(
-        first, partition.find_seed(first.read, first.size_bytes), env.disk_named(SEED_DISK)
-    )
+    """Return where the instance's seed is; the disk that is kept for it is asked first.
+
+    By content, for an import may have left a disk without its name.
+    """
+    for each in sorted(env.disks, key=lambda each: each.name != SEED_DISK):
+        target = disk.open_target(each)
+        place = _place(target, partition.find_seed(target.read, target.size_bytes), None)
+        if place is not None:
+            return place
+    return None
 
 
 def _volume(work: Path, texts: Path, size_bytes: int) -> Path:

@@ -216,6 +216,28 @@ def test_the_network_parameter_counts(
     assert found == config if config else found[0]["subnets"] == [{"type": "dhcp"}]
 
 
+def test_a_seed_disk_without_its_name(door: Door, disk: Callable[..., Path], images: Path) -> None:
+    """gnt-backup import --disk 1:size=4m forgets it."""
+    disks = created(door, disk, images / "gpt", DISK_1_NAME="cidata")
+    assert rename(door, disks, NEW).status == 0
+    assert meta_data(disks)["local-hostname"] == "vm2.example.com"
+
+
+def test_a_disk_that_only_has_the_name(door: Door, disk: Callable[..., Path], images: Path) -> None:
+    disks = created(door, disk, images / "gpt")
+    other = disk(4, "other")
+    result = rename(door, [*disks, other], NEW, DISK_1_NAME="cidata")
+    assert result.status == 0, result.log
+    assert meta_data(disks)["local-hostname"] == "vm2.example.com"
+    assert other.stat().st_blocks == 0
+
+
+def test_no_disk(door: Door) -> None:
+    result = rename(door, [], NEW)
+    assert result.status == 0, result.log
+    assert result.error.startswith("WARNING: vm2.example.com: its disks hold no seed")
+
+
 # --- seeds that are not there, or not ours ---------------------------------------------------
 
 
