@@ -44,6 +44,9 @@ def create(env: Environment) -> None:
     job = params.parse(env)
     first, seed_disk = env.first_disk(), _seed_disk(env, job)
     run.require(*TOOLS)
+    disk.open_target(first)
+    for phase in hooks.PHASES:
+        hooks.find(params.config_directory(env), phase)
     log.step(f"create: {job.source()} for {name} on {first.label}")
     with _workspace() as work:
         texts = work / "seed"

@@ -202,8 +202,10 @@ def test_hooks(door: Door, disk: Callable[..., Path], images: Path, tmp_path: Pa
 # --- bad input -------------------------------------------------------------------------------
 
 
-def bad_images(folder: Path, images: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def bad_images(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str, Path]:
     """Make the files that must be refused."""
+    folder = tmp_path_factory.mktemp("bad")
     raw = (images / "gpt.raw").read_bytes()
     made = {
         "directory": folder,
@@ -239,7 +241,7 @@ def bad_images(folder: Path, images: Path) -> dict[str, Path]:
     [
         ("directory", "is a directory"),
         ("empty", "is empty"),
-        ("random", "none of raw"),
+        ("random", "neither a partition table"),
         ("html", "is an HTML page"),
         ("gz", "gzip failed"),
         ("xz", "xz failed"),
@@ -250,10 +252,9 @@ def bad_images(folder: Path, images: Path) -> dict[str, Path]:
     ],
 )
 def test_bad_images(
-    door: Door, disk: Callable[..., Path], images: Path, tmp_path: Path, which: str, words: str
+    door: Door, disk: Callable[..., Path], bad_images: dict[str, Path], which: str, words: str
 ) -> None:
-    (tmp_path / "bad").mkdir()
-    path = bad_images(tmp_path / "bad", images)[which]
+    path = bad_images[which]
     target = disk()
     result = door("create", disks=[target], OSP_IMAGE=str(path))
     assert result.status == 1
@@ -405,3 +406,18 @@ def test_the_log_is_what_ganeti_can_show(
     assert result.tail.splitlines()[-1] == result.error
     assert all(len(line) <= log.LINE_LIMIT + 10 for line in result.log.splitlines())
     assert len(result.log.splitlines()) <= 6
+
+
+def test_what_costs_nothing_is_checked_first(
+    door: Door, disk: Callable[..., Path], images: Path
+) -> None:
+    """A post hook that will be refused, before the image is fetched and written."""
+    folder = door.confdir / "hooks.d/post"
+    folder.mkdir(parents=True)
+    (folder / "bad").write_text("#!/bin/sh\n")
+    (folder / "bad").chmod(0o777)
+    target = disk()
+    result = door("create", disks=[target], OSP_IMAGE=f"{images}/gpt.qcow2")
+    assert "others than root can write this file" in result.error
+    assert result.log.splitlines() == [result.error]
+    assert target.stat().st_blocks == 0
