@@ -150,6 +150,8 @@ def _fetch(
                 expected = expected_digest(job) or expected
             checksum.check(expected, actual, str(job.source()))
         _check_signature(job, file)
+        if known is not None and known["digests"] == response.digests:
+            return None  # a server without validators sent the same again
         raw = _decoded(job, file, path, work)
     return raw, {
         "url": log.redact(_bare(url)),
