@@ -193,7 +193,8 @@ def restore(env: Environment) -> None:
     with disk.unbootable_on_failure(target), context(f"importing to {target.disk.label}"):
         with disk.claim(target):
             size_bytes = transfer.load(unpack.decompressed(dump, kind, head), target)
-            _spread(target, size_bytes)
+            if size_bytes < target.size_bytes:
+                _spread(target, size_bytes)
             disk.sync(target)
 
 
