@@ -335,7 +335,7 @@ def parse(env: Environment) -> Job:
         try:
             values[parameter.field] = _parsed(parameter, value)
         except ValueError as error:
-            shown = "(not shown)" if parameter.quiet else log.redact(value[:80])
+            shown = "(not shown)" if parameter.quiet else log.printable(log.redact(value), 80)
             problems.append(f"{parameter.name}={shown} ({where}): must be {error}")
     problems += _architecture_problems(variant.get("architecture", ""), source)
     keyring = variant.get("keyring", "")
