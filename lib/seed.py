@@ -267,7 +267,8 @@ def renamed(
     """
     try:
         meta = json.loads(files["meta-data"][:MAX_META_DATA_BYTES])
-        owner = meta["ganeti"]
+        first = {"uuid": meta["instance-id"], "name": meta["local-hostname"]}
+        owner = meta.get("ganeti", first)  # a hook may have written the seed without
         is_clone = uuid != owner["uuid"] and name != owner["name"]
         meta["instance-id"] = uuid if is_clone else meta["instance-id"]
         meta.update({"local-hostname": name, "ganeti": {"uuid": uuid, "name": name}})

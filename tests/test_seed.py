@@ -433,6 +433,13 @@ def test_the_cases(made: dict[str, bytes], name: str, uuid: str, instance_id: st
     assert after.keys() == made.keys()
 
 
+def test_a_seed_that_says_no_more_than_it_must(made: dict[str, bytes]) -> None:
+    plain = {"instance-id": UUID, "local-hostname": NAME}
+    made["meta-data"] = json.dumps(plain).encode()
+    assert meta(rename(made, "web2.example.com", UUID))["instance-id"] == UUID
+    assert meta(rename(made, "web2.example.com", OTHER))["instance-id"] == OTHER
+
+
 def test_a_restored_instance_that_is_renamed_is_no_clone(made: dict[str, bytes]) -> None:
     restored = rename(made, NAME, OTHER)
     assert meta(rename(restored, "web2.example.com", OTHER))["instance-id"] == UUID
