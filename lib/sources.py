@@ -83,7 +83,7 @@ def open_image(job: Job, path: Path) -> BinaryIO:
     file = open_file(path)
     # the name of what was opened, not of what the path stands for by now
     real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
-    if allowed and not any(base in real.parents for base in allowed):
+    if allowed and not any(base.resolve() in real.parents for base in allowed):
         file.close()
         raise Error(
             f"image={path}: is outside [image] local_paths of cloudimage.conf",
