@@ -91,10 +91,17 @@ def _warn_unverified(job: Job) -> None:
 
 
 def _remote_key(job: Job, url: str) -> str:
+    """Return what the entry is known by: the URL, and who vouches for what comes from there.
+
+    While a list cannot be had, only what that list named, under the same signature and keys, may
+    take its place. A pinned digest is compared with the entry's own, whoever asked for it first.
+    """
     key = {"url": _bare(url), "format": job.format}
-    if job.checksum is None and isinstance(job.signature, Location):
-        # verified once, when the entry was filled: by this keyring or not at all
-        with sources.open_file(job.keys()) as file:
+    if isinstance(job.checksum, Location):
+        key["checksum"] = str(job.checksum)
+    if job.signature is not None:
+        key["signature"] = str(job.signature)
+        with context("reading the keyring"), sources.open_file(job.keys()) as file:
             key["keyring"] = hashlib.sha256(file.read()).hexdigest()
     return json.dumps(key, sort_keys=True)
 
