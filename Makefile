@@ -16,9 +16,11 @@ SOURCES = lib tests $(DOORS) lib/cloudimage tests/cluster tests/build-image
 # What the product needs on a node, and what only its tests need.
 PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python3-requests \
 	qemu-utils util-linux xz-utils zstd
-TEST_PACKAGES = btrfs-progs cloud-guest-utils curl dnsmasq-base e2fsprogs ethtool ganeti gdisk gnupg \
-	grub-common grub-pc-bin iproute2 mmdebstrap openssh-client openssh-server openssl parted pigz \
-	procps python3-venv qemu-system-x86 socat tinyproxy xfsprogs
+TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debian-archive-keyring dmsetup dnsmasq-base \
+	e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools \
+	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
+	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
+	qemu-system-x86 socat tinyproxy xfsprogs
 
 help:
 	@echo "make check      set up what the tests need, lint, and run the tests that need no root"

@@ -23,6 +23,7 @@ from lib.errors import Error, several
 
 DOCUMENT_LIMIT_BYTES = 1 << 20
 VALUE_LIMIT = 4096
+OS_PARAMETER = "OS parameter"  # where a value is from, unless from a file
 VARIANT_KEYS = ("description", "architecture", "keyring")
 DEBIAN_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}
 FORMATS = ("auto", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
@@ -321,9 +322,10 @@ def parse(env: Environment) -> Job:
             f"OSP_{variable}: unknown OS parameter; {config.nearest(variable.lower(), names)}"
         )
     values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for parameter in TABLE:
         layers = (
-            ("OS parameter", env.parameters, parameter.field.upper()),
+            (OS_PARAMETER, env.parameters, parameter.field.upper()),
             (source, variant, parameter.name),
             (str(settings.source), settings.defaults, parameter.name),
         )
@@ -332,6 +334,7 @@ def parse(env: Environment) -> Job:
             if key in layer:
                 where, value = name, layer[key]
                 break
+        origins[parameter.field] = where
         try:
             values[parameter.field] = _parsed(parameter, value)
         except ValueError as error:
@@ -342,6 +345,7 @@ def parse(env: Environment) -> Job:
     if keyring and not keyring.startswith("/"):
         problems.append(f"{source}: keyring={keyring}: must be an absolute path")
     problems += _conflicts(values, settings, keyring)
+    problems += _metad_conflicts(values, origins)
     if problems:
         raise several(problems)
     values["network_version"] = int(values["network_version"])
@@ -392,10 +396,10 @@ def _conflicts(values: Mapping[str, Any], settings: Config, keyring: str) -> lis
         problems.append(
             "checksum=none: require_checksum is set in cloudimage.conf; give sha256:HEX or a list"
         )
-    return problems + _metad_conflicts(values)
+    return problems
 
 
-def _metad_conflicts(values: Mapping[str, Any]) -> list[str]:
+def _metad_conflicts(values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     """Return what metad cannot serve: doc/metad.md says what it can."""
     if not values.get("metad"):
         if values.get("os_package") and "metad" in values:
@@ -408,6 +412,10 @@ def _metad_conflicts(values: Mapping[str, Any]) -> list[str]:
             continue
         if values.get("os_package"):
             problems.append(f"{name}: os-package is the user data then; leave {name} out")
+        elif origins[name] != OS_PARAMETER:
+            problems.append(
+                f"{name} ({origins[name]}): metad knows OS parameters only; give it with -O"
+            )
         elif document.data is None:
             problems.append(f"{name}: metad serves the parameter itself; give text or base64:")
     return problems

@@ -144,6 +144,15 @@ def test_what_must_not_be_combined(confdir: Path, osp: dict[str, str], words: st
     assert any(words in line for line in problems(confdir, **osp))
 
 
+def test_metad_knows_os_parameters_only(confdir: Path) -> None:
+    (confdir / "cloudimage.conf").write_text("[defaults]\nuser_data = #!/bin/sh\n")
+    (line,) = problems(confdir, metad="yes")
+    assert line == (
+        f"user_data ({confdir}/cloudimage.conf): metad knows OS parameters only; give it with -O"
+    )
+    assert parse(confdir, metad="yes", user_data="#!/bin/true").metad
+
+
 def test_layers(confdir: Path) -> None:
     (confdir / "cloudimage.conf").write_text(
         "[defaults]\nseed = tail\nformat = raw\ndns_search = d\n"
