@@ -5,7 +5,8 @@ from __future__ import annotations
 from lib import keys, params, sources
 from lib.environment import Environment
 from lib.errors import Error, several
-from lib.params import Document, Job, Location
+from lib.params import Job
+from lib.values import Document, Location
 
 
 def verify(env: Environment) -> None:

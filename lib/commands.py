@@ -28,7 +28,8 @@ from lib import (
 )
 from lib.environment import Environment
 from lib.errors import Error, context
-from lib.params import Document, Job
+from lib.params import Job
+from lib.values import Document
 
 TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
 SEED_DISK = "cidata"

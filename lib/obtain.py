@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, Optional
 from lib import cache, checksum, fetch, image, log, run, sources, unpack
 from lib.config import Config
 from lib.errors import context
-from lib.params import Digest, Job, Location
+from lib.params import Job
+from lib.values import Digest, Location
 
 LIST_LIMIT_BYTES = 1 << 20
 

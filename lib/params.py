@@ -6,9 +6,6 @@ A value given to Ganeti (-O, also private and secret ones) beats the variant's, 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import ipaddress
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -16,44 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from lib import config, log
+from lib import config, log, values
 from lib.config import Config
 from lib.environment import Environment
 from lib.errors import Error, several
+from lib.values import FORMATS, Checksum, Document, Location
 
 DOCUMENT_LIMIT_BYTES = 1 << 20
 VALUE_LIMIT = 4096
 OS_PARAMETER = "OS parameter"  # where a value is from, unless from a file
 VARIANT_KEYS = ("description", "architecture", "keyring")
-DEBIAN_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}
-FORMATS = ("auto", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
-
-
-@dataclass(frozen=True)
-class Location:
-    """A file on the node, or a URL of an HTTP server: exactly one of them is set."""
-
-    path: Optional[Path] = None
-    url: Optional[str] = None
-
-    def __str__(self) -> str:
-        return log.redact(str(self.path or self.url))
-
-    @property
-    def file_name(self) -> str:
-        """The last component, which a checksum list calls the file by."""
-        return re.split(r"[?#]", str(self.path or self.url), maxsplit=1)[0].rpartition("/")[2]
-
-
-@dataclass(frozen=True)
-class Document(Location):
-    """A text of the user's: given in place, or where to read it."""
-
-    data: Optional[bytes] = None
-
-
-Digest = tuple[str, str]
-Checksum = Union[Digest, Location, None]
 
 
 @dataclass(frozen=True)
@@ -103,122 +72,6 @@ class Job:
         return found
 
 
-# --- parsers: text -> value; ValueError says what the value must be --------------------------
-
-
-def _choice(*known: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in known:
-            raise ValueError(f"one of {' '.join(known)}; {config.nearest(value, known)}")
-        return value
-
-    return parse
-
-
-def _fill(value: str) -> str:
-    """Fill in the node's architecture."""
-    machine = platform.machine()
-    value = value.replace("{arch}", machine)
-    value = value.replace("{deb_arch}", DEBIAN_ARCHITECTURES.get(machine, machine))
-    if re.search(r"\{[a-z_]+\}", value):
-        raise ValueError("without other {names} than {arch} and {deb_arch}")
-    return value
-
-
-def _location(value: str) -> Location:
-    value = _fill(value)
-    if re.search(r"[^\x21-\x7e]", value):
-        raise ValueError("printable ASCII without spaces (percent-encode a URL, rename a file)")
-    scheme, colon, rest = value.partition("://")
-    if value.startswith("/"):
-        return Location(path=Path(value))
-    if colon and scheme.lower() == "file":
-        if not rest.startswith("/"):
-            raise ValueError("file:///absolute/path (a file on this node)")
-        return Location(path=Path(rest))
-    if colon and scheme.lower() in ("http", "https"):
-        if not re.match(
-            r"([^/?#]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?#]|$)", rest
-        ):
-            raise ValueError("a URL with a host name, https://HOST/PATH")
-        return Location(url=f"{scheme.lower()}://{rest}")
-    raise ValueError("an absolute path, or a file://, http:// or https:// URL")
-
-
-def _image(value: str) -> Optional[Location]:
-    return _location(value) if value else None
-
-
-def _checksum(value: str) -> Checksum:
-    if value == "none":
-        return None
-    match = re.fullmatch(r"(sha256|sha512):([0-9a-fA-F]+)", value)
-    if match and len(match[2]) == int(match[1][3:]) // 4:
-        return match[1], match[2].lower()
-    if match or not value.startswith(("/", "file:", "http:", "https:")):
-        raise ValueError(
-            "none, sha256: with 64 or sha512: with 128 hex digits, or path or URL of a list"
-        )
-    return _location(value)
-
-
-def _signature(value: str) -> Union[str, Location, None]:
-    if value in ("none", "inline"):
-        return None if value == "none" else value
-    if not value.startswith(("/", "file:", "http:", "https:")):
-        raise ValueError("none, inline, or path or URL of a detached signature")
-    return _location(value)
-
-
-def _document(value: str) -> Document:
-    if value.startswith("@"):
-        if not value.startswith("@/") or "\n" in value:
-            raise ValueError("@ and an absolute path on the node, as in @/etc/ganeti/user-data")
-        return Document(path=Path(value[1:]))
-    if re.fullmatch(r"https?://[\x21-\x7e]+", value):
-        return Document(url=_location(value).url)
-    if value.startswith("base64:"):
-        try:
-            return Document(data=base64.b64decode(re.sub(r"\s", "", value[7:]), validate=True))
-        except (binascii.Error, ValueError):
-            raise ValueError("base64: and valid base64 data") from None
-    try:
-        return Document(data=value.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise ValueError("UTF-8 text (use base64: for binary data)") from None
-
-
-def _network(value: str) -> Union[str, Document]:
-    if value in ("auto", "dhcp", "none"):
-        return value
-    document = _document(value)
-    if document.data is not None and not re.search(rb"version|network", document.data):
-        raise ValueError("auto, dhcp, none, or a network-config document (with a version in it)")
-    return document
-
-
-def _addresses(value: str) -> tuple[str, ...]:
-    try:
-        return tuple(str(ipaddress.ip_address(word)) for word in _words(value))
-    except ValueError as error:
-        raise ValueError(f"IP addresses separated by spaces or commas ({error})") from None
-
-
-def _domains(value: str) -> tuple[str, ...]:
-    for word in _words(value):
-        if not re.fullmatch(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", word):
-            raise ValueError("domain names separated by spaces or commas")
-    return tuple(_words(value))
-
-
-def _words(value: str) -> list[str]:
-    return [word for word in re.split(r"[\s,]+", value) if word]
-
-
-def _file(value: str) -> Optional[Path]:
-    return config.absolute_path(value) if value else None
-
-
 class Parameter(NamedTuple):
     """One row of the table; `quiet` values are never printed, not even in an error."""
 
@@ -235,41 +88,55 @@ class Parameter(NamedTuple):
 
 
 TABLE = (
-    Parameter("image", "absolute path, file:// or http(s):// URL of the image", "", _image),
-    Parameter("format", f"format of the image: {' '.join(FORMATS)}", "auto", _choice(*FORMATS)),
+    Parameter("image", "absolute path, file:// or http(s):// URL of the image", "", values.image),
+    Parameter(
+        "format", f"format of the image: {' '.join(FORMATS)}", "auto", values.choice(*FORMATS)
+    ),
     Parameter(
         "checksum",
         "none, sha256:HEX, sha512:HEX, or path/URL of a checksum list",
         "none",
-        _checksum,
+        values.checksum,
     ),
     Parameter(
         "signature",
         "none, inline, or path/URL of a detached signature over the list (or the image)",
         "none",
-        _signature,
+        values.signature,
     ),
     Parameter(
-        "ssh_keys", "keys of the default user: text, @/path, URL or base64:", "", _document, True
+        "ssh_keys",
+        "keys of the default user: text, @/path, URL or base64:",
+        "",
+        values.document,
+        True,
     ),
     Parameter(
-        "user_data", "cloud-init user data: text, @/path, URL or base64:", "", _document, True
+        "user_data", "cloud-init user data: text, @/path, URL or base64:", "", values.document, True
     ),
     Parameter(
-        "vendor_data", "cloud-init vendor data: text, @/path, URL or base64:", "", _document, True
+        "vendor_data",
+        "cloud-init vendor data: text, @/path, URL or base64:",
+        "",
+        values.document,
+        True,
     ),
-    Parameter("network", "auto, dhcp, none, or a network-config document", "auto", _network, True),
-    Parameter("network_version", "version of network-config: 1 or 2", "1", _choice("1", "2")),
-    Parameter("dns_servers", "name servers, separated by spaces or commas", "", _addresses),
-    Parameter("dns_search", "search domains, separated by spaces or commas", "", _domains),
+    Parameter(
+        "network", "auto, dhcp, none, or a network-config document", "auto", values.network, True
+    ),
+    Parameter("network_version", "version of network-config: 1 or 2", "1", values.choice("1", "2")),
+    Parameter("dns_servers", "name servers, separated by spaces or commas", "", values.addresses),
+    Parameter("dns_search", "search domains, separated by spaces or commas", "", values.domains),
     Parameter(
         "seed",
         "where the seed goes: auto gap tail disk none",
         "auto",
-        _choice("auto", "gap", "tail", "disk", "none"),
+        values.choice("auto", "gap", "tail", "disk", "none"),
     ),
     Parameter("metad", "user data through ganeti-metad: no or yes", "no", config.yes_no),
-    Parameter("os-package", "path of a file on the node that metad serves as user data", "", _file),
+    Parameter(
+        "os-package", "path of a file on the node that metad serves as user data", "", values.file
+    ),
 )
 NAMES = tuple(parameter.name for parameter in TABLE)
 
@@ -321,7 +188,7 @@ def parse(env: Environment) -> Job:
         problems.append(
             f"OSP_{variable}: unknown OS parameter; {config.nearest(variable.lower(), names)}"
         )
-    values: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for parameter in TABLE:
         layers = (
@@ -336,7 +203,7 @@ def parse(env: Environment) -> Job:
                 break
         origins[parameter.field] = where
         try:
-            values[parameter.field] = _parsed(parameter, value)
+            found[parameter.field] = _parsed(parameter, value)
         except ValueError as error:
             shown = "(not shown)" if parameter.quiet else log.printable(log.redact(value), 80)
             problems.append(f"{parameter.name}={shown} ({where}): must be {error}")
@@ -344,17 +211,17 @@ def parse(env: Environment) -> Job:
     keyring = variant.get("keyring", "")
     if keyring and not keyring.startswith("/"):
         problems.append(f"{source}: keyring={keyring}: must be an absolute path")
-    problems += _conflicts(values, settings, keyring)
-    problems += _metad_conflicts(values, origins)
+    problems += _conflicts(found, settings, keyring)
+    problems += _metad_conflicts(found, origins)
     if problems:
         raise several(problems)
-    values["network_version"] = int(values["network_version"])
+    found["network_version"] = int(found["network_version"])
     return Job(
         config=settings,
         variant=env.variant,
         description=variant.get("description", ""),
         keyring=Path(keyring) if keyring else None,
-        **values,
+        **found,
     )
 
 
@@ -377,11 +244,11 @@ def _architecture_problems(architectures: str, source: str) -> list[str]:
     return [f"{source}: architecture={architectures}: this node is {machine}; use another variant"]
 
 
-def _conflicts(values: Mapping[str, Any], settings: Config, keyring: str) -> list[str]:
+def _conflicts(found: Mapping[str, Any], settings: Config, keyring: str) -> list[str]:
     """Return what is wrong with values that are each right."""
     problems = []
-    checksum, signature = values.get("checksum"), values.get("signature")
-    if signature == "inline" and "checksum" in values and not isinstance(checksum, Location):
+    checksum, signature = found.get("checksum"), found.get("signature")
+    if signature == "inline" and "checksum" in found and not isinstance(checksum, Location):
         problems.append("signature=inline: there is no list; set checksum= to its path or URL")
     if isinstance(signature, Location) and isinstance(checksum, tuple):
         problems.append(
@@ -392,25 +259,25 @@ def _conflicts(values: Mapping[str, Any], settings: Config, keyring: str) -> lis
         problems.append(
             "signature: the variant names no keyring; set keyring= in its file in variants.d"
         )
-    if settings.image_require_checksum and not checksum and not signature and "checksum" in values:
+    if settings.image_require_checksum and not checksum and not signature and "checksum" in found:
         problems.append(
             "checksum=none: require_checksum is set in cloudimage.conf; give sha256:HEX or a list"
         )
     return problems
 
 
-def _metad_conflicts(values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+def _metad_conflicts(found: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     """Return what metad cannot serve: doc/metad.md says what it can."""
-    if not values.get("metad"):
-        if values.get("os_package") and "metad" in values:
+    if not found.get("metad"):
+        if found.get("os_package") and "metad" in found:
             return ["os-package: is served by metad only; add metad=yes"]
         return []
     problems = []
     for name in ("user_data", "vendor_data"):
-        document = values.get(name)
+        document = found.get(name)
         if document is None or document.data == b"":
             continue
-        if values.get("os_package"):
+        if found.get("os_package"):
             problems.append(f"{name}: os-package is the user data then; leave {name} out")
         elif origins[name] != OS_PARAMETER:
             problems.append(

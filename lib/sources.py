@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from lib import log
 from lib.config import Config
 from lib.errors import Error
-from lib.params import Document, Job, Location
+from lib.params import Job
+from lib.values import Document, Location
 
 if TYPE_CHECKING:
     from lib import fetch

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lib import config, params
+from lib import config, params, values
 from lib.environment import Environment
 from lib.errors import Error
 
@@ -40,24 +40,24 @@ ACCENT = "#cloud-config\nx: \u00e9"
 @pytest.mark.parametrize(
     ("name", "value", "field", "expected"),
     [
-        ("image", "/srv/a.qcow2", "image", params.Location(path=Path("/srv/a.qcow2"))),
-        ("image", "file:///srv/a.raw", "image", params.Location(path=Path("/srv/a.raw"))),
-        ("image", "http://h/a.img", "image", params.Location(url="http://h/a.img")),
-        ("image", "HTTPS://h:8/a", "image", params.Location(url="https://h:8/a")),
-        ("image", "http://u:p@h/a", "image", params.Location(url="http://u:p@h/a")),
-        ("image", "http://[::1]:80/a", "image", params.Location(url="http://[::1]:80/a")),
+        ("image", "/srv/a.qcow2", "image", values.Location(path=Path("/srv/a.qcow2"))),
+        ("image", "file:///srv/a.raw", "image", values.Location(path=Path("/srv/a.raw"))),
+        ("image", "http://h/a.img", "image", values.Location(url="http://h/a.img")),
+        ("image", "HTTPS://h:8/a", "image", values.Location(url="https://h:8/a")),
+        ("image", "http://u:p@h/a", "image", values.Location(url="http://u:p@h/a")),
+        ("image", "http://[::1]:80/a", "image", values.Location(url="http://[::1]:80/a")),
         ("format", "vhdx", "format", "vhdx"),
         ("checksum", "none", "checksum", None),
         ("checksum", f"sha256:{HEX['sha256'].upper()}", "checksum", ("sha256", HEX["sha256"])),
         ("checksum", f"sha512:{HEX['sha512']}", "checksum", ("sha512", HEX["sha512"])),
-        ("checksum", "/srv/SUMS", "checksum", params.Location(path=Path("/srv/SUMS"))),
-        ("ssh_keys", KEY, "ssh_keys", params.Document(data=KEY.encode())),
-        ("user_data", "@/srv/ud", "user_data", params.Document(path=Path("/srv/ud"))),
-        ("user_data", "http://h/ud", "user_data", params.Document(url="http://h/ud")),
-        ("user_data", "base64:w6k=", "user_data", params.Document(data=b"\xc3\xa9")),
-        ("user_data", ACCENT, "user_data", params.Document(data=ACCENT.encode())),
+        ("checksum", "/srv/SUMS", "checksum", values.Location(path=Path("/srv/SUMS"))),
+        ("ssh_keys", KEY, "ssh_keys", values.Document(data=KEY.encode())),
+        ("user_data", "@/srv/ud", "user_data", values.Document(path=Path("/srv/ud"))),
+        ("user_data", "http://h/ud", "user_data", values.Document(url="http://h/ud")),
+        ("user_data", "base64:w6k=", "user_data", values.Document(data=b"\xc3\xa9")),
+        ("user_data", ACCENT, "user_data", values.Document(data=ACCENT.encode())),
         ("network", "dhcp", "network", "dhcp"),
-        ("network", '{"version": 1}', "network", params.Document(data=b'{"version": 1}')),
+        ("network", '{"version": 1}', "network", values.Document(data=b'{"version": 1}')),
         ("network_version", "2", "network_version", 2),
         ("dns_servers", "192.0.2.1, 2001:DB8::1", "dns_servers", ("192.0.2.1", "2001:db8::1")),
         ("dns_search", "example.com b.example", "dns_search", ("example.com", "b.example")),
@@ -170,7 +170,7 @@ def test_an_empty_parameter_beats_the_variant(confdir: Path) -> None:
 def test_the_configuration_replaces_a_variant(confdir: Path) -> None:
     (confdir / "variants.d/debian-12.conf").write_text("[variant]\nimage = /srv/own.qcow2\n")
     job = parse(confdir, "debian-12")
-    assert job.image == params.Location(path=Path("/srv/own.qcow2"))
+    assert job.image == values.Location(path=Path("/srv/own.qcow2"))
     assert job.checksum is None
 
 
@@ -216,4 +216,4 @@ def test_every_shipped_variant_parses(confdir: Path, path: Path) -> None:
     if path.stem != "default":
         assert job.source().url is not None
         assert job.source().url.startswith("https://")  # type: ignore[union-attr]
-        assert isinstance(job.checksum, params.Location)
+        assert isinstance(job.checksum, values.Location)

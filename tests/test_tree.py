@@ -52,10 +52,13 @@ ALLOWED = {
     "disk": GROUND | {"local", "nbd"},
     "partition": GROUND | {"table"},
     "keys": {"errors"},
-    "sources": GROUND | {"fetch", "params"},
-    "obtain": GROUND | {"cache", "checksum", "fetch", "image", "params", "sources", "unpack"},
-    "checks": GROUND | {"fetch", "keys", "params", "sources"},
-    "commands": GROUND | MIDDLE | {"keys", "obtain", "sources"},
+    "values": {"config", "log"},
+    "params": GROUND | {"values"},
+    "sources": GROUND | {"fetch", "params", "values"},
+    "obtain": GROUND
+    | {"cache", "checksum", "fetch", "image", "params", "sources", "unpack", "values"},
+    "checks": GROUND | {"fetch", "keys", "params", "sources", "values"},
+    "commands": GROUND | MIDDLE | {"keys", "obtain", "sources", "values"},
     "cli": GROUND | {"entry", "obtain", "params"},
 }
 MODULES = sorted((ROOT / "lib").glob("*.py"))
