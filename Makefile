@@ -72,7 +72,7 @@ metad-check: packages
 
 install:
 	install -d $(BUNDLE)/lib $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
-	  $(BUNDLE)/doc $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
+	  $(BUNDLE)/doc/ganeti $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
 	install -m 755 $(DOORS) $(BUNDLE)
 	install -m 644 ganeti_api_version parameters.list README.md LICENSE $(BUNDLE)
 	install -m 644 lib/*.py $(BUNDLE)/lib
@@ -80,7 +80,8 @@ install:
 	install -m 644 variants.d/*.conf $(BUNDLE)/variants.d
 	install -m 644 hooks.d/pre/README $(BUNDLE)/hooks.d/pre
 	install -m 644 hooks.d/post/README $(BUNDLE)/hooks.d/post
-	cp -R doc/. $(BUNDLE)/doc
+	install -m 644 doc/*.* $(BUNDLE)/doc
+	install -m 644 doc/ganeti/* $(BUNDLE)/doc/ganeti
 	test -e $(CONFIG)/cloudimage.conf || install -m 644 doc/cloudimage.conf $(CONFIG)
 	test -e $(CONFIG)/variants.list || install -m 644 variants.list $(CONFIG)
 	ln -sfn $(SYSCONFDIR)/ganeti/instance-cloudimage/variants.list $(BUNDLE)/variants.list
