@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,3 +128,24 @@ def disk(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def nbd(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+    """Return a function that serves a disk as storage without a path, and gives its URI."""
+    require("qemu-nbd")
+    servers = []
+
+    def serve(disk: Path) -> str:
+        address = tmp_path / "nbd"
+        ready = f"--socket={address}", f"--pid-file={tmp_path}/pid"
+        command = ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", *ready, str(disk)]
+        servers.append(subprocess.Popen(command))
+        while not (tmp_path / "pid").exists():
+            assert servers[-1].poll() is None
+        return f"nbd+unix:///?socket={address}"
+
+    yield serve
+    for server in servers:
+        server.terminate()
+        server.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Union
 
@@ -51,27 +51,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dumps(source: Path) -> dict[str, Path]:
     """Dump the disk as each of the other providers might."""
     return {packer: pack(packer, source, source.parent / packer) for packer in PACKERS}
-
-
-@pytest.fixture
-def nbd(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
-    """Return a function that serves a disk as storage without a path, and gives its URI."""
-    require("qemu-nbd")
-    servers = []
-
-    def serve(disk: Path) -> str:
-        address = tmp_path / "nbd"
-        ready = f"--socket={address}", f"--pid-file={tmp_path}/pid"
-        command = ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", *ready, str(disk)]
-        servers.append(subprocess.Popen(command))
-        while not (tmp_path / "pid").exists():
-            assert servers[-1].poll() is None
-        return f"nbd+unix:///?socket={address}"
-
-    yield serve
-    for server in servers:
-        server.terminate()
-        server.wait()
 
 
 def inherited(door: Door, disks: list[Path], **more: str) -> dict[str, str]:
