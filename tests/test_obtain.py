@@ -308,6 +308,14 @@ def test_another_keyring_is_another_trust(
             node.image(server.url("/image"), **given)
 
 
+def test_a_keyring_that_is_not_there(node: Node, tmp_path: Path) -> None:
+    node.trust(tmp_path / "missing")
+    with pytest.raises(Error) as raised:
+        node.image("http://127.0.0.1:1/image", checksum="http://127.0.0.1:1/l", signature="inline")
+    missing = f"{tmp_path}/missing: No such file or directory"
+    assert str(raised.value) == f"reading the keyring: {missing}"
+
+
 def test_unsigned_and_unchecked(
     node: Node, images: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,9 +36,9 @@ NEW = {
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    disk_image(folder / "gpt")
-    disk_image(folder / "mbr", "mbr")
-    drive = disk_image(folder / "config-drive")
+    disk_image(folder / "gpt", size_mib=12)
+    disk_image(folder / "mbr", "mbr", 12)
+    drive = disk_image(folder / "config-drive", size_mib=12)
     # the first partition, 1 MiB like that of FreeBSD's images
     subprocess.run(["sgdisk", "--change-name=14:config-drive", drive], check=True)
     return folder
@@ -46,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def created(door: Door, disk: Callable[..., Path], image: Path, **more: str) -> Disks:
     """Create an instance; its seed is on the last of the returned disks."""
-    disks = [disk(), disk(4, "disk1")] if "DISK_1_NAME" in more else [disk()]
+    disks = [disk(20), *([disk(4, "disk1")] if "DISK_1_NAME" in more else [])]
     parameters = {
         "OSP_IMAGE": str(image),
         "OSP_USER_DATA": "base64:" + base64.b64encode(USER_DATA).decode(),
