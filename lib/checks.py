@@ -15,7 +15,12 @@ def verify(env: Environment) -> None:
     Called by Ganeti before it adds, reinstalls or modifies an instance.
     """
     job = params.parse(env)
-    problems = []
+    problems: list[str] = []
+    if job.image is not None:
+        try:
+            job.require_checksum()
+        except Error as error:
+            problems += error.lines
     given: list[tuple[str, object]] = [
         ("image", job.image),
         ("checksum", job.checksum),

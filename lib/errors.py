@@ -48,5 +48,7 @@ def context(doing: str) -> Iterator[None]:
         error.message = f"{doing}: {error.message}"
         error.lines = tuple(f"{doing}: {line}" for line in error.lines)
         raise
+    except BrokenPipeError:
+        raise  # who reads our output knows why it went away
     except OSError as error:
         raise Error(f"{doing}: {describe(error)}") from error

@@ -39,6 +39,7 @@ def store(settings: Config) -> cache.Cache:
 def raw_image(job: Job) -> Iterator[Raw]:
     """Hand out the image of the job; for as long as the block lasts, the cache keeps it."""
     source = job.source()
+    job.require_checksum()
     with ExitStack() as stack:
         refresh: cache.Refresh
         if source.path is None:

@@ -57,6 +57,14 @@ class Job:
             )
         return self.image
 
+    def require_checksum(self) -> None:
+        """Raise an Error if the configuration asks for proof of the image and there is none."""
+        if self.config.image_require_checksum and not self.checksum and not self.signature:
+            raise Error(
+                "checksum=none: require_checksum is set in cloudimage.conf",
+                "give sha256:HEX or a list",
+            )
+
     def keys(self) -> Path:
         """Return the keyring that signatures are checked with; parse() has asked for one."""
         if self.keyring is None:
@@ -258,10 +266,6 @@ def _conflicts(found: Mapping[str, Any], settings: Config, keyring: str) -> list
     if signature and not keyring:
         problems.append(
             "signature: the variant names no keyring; set keyring= in its file in variants.d"
-        )
-    if settings.image_require_checksum and not checksum and not signature and "checksum" in found:
-        problems.append(
-            "checksum=none: require_checksum is set in cloudimage.conf; give sha256:HEX or a list"
         )
     return problems
 

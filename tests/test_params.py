@@ -205,8 +205,10 @@ def test_no_image_is_an_error_only_where_one_is_needed(confdir: Path) -> None:
 
 def test_require_checksum(confdir: Path) -> None:
     (confdir / "cloudimage.conf").write_text("[image]\nrequire_checksum = yes\n")
-    assert "require_checksum is set" in problems(confdir, image="/x")[0]
-    assert parse(confdir, image="/x", checksum="/sums").image is not None
+    words = "checksum=none: require_checksum is set in cloudimage.conf; give sha256:HEX or a list"
+    with pytest.raises(Error, match=words):
+        parse(confdir, image="/x").require_checksum()
+    parse(confdir, image="/x", checksum="/sums").require_checksum()
 
 
 @pytest.mark.parametrize("path", sorted((config.BUNDLE / "variants.d").glob("*.conf")), ids=str)

@@ -48,11 +48,16 @@ def seed_files(disk: Path, offset: int = GAP) -> dict[str, bytes]:
     }
 
 
+def _work_folders() -> list[Path]:
+    return [*Path("/run").glob("cloudimage-*"), *Path("/tmp").glob("cloudimage*")]
+
+
 class Door:
     """Calls one script with exactly the variables that Ganeti sets, and no other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.before = set(_work_folders())
         self.confdir = folder / "conf"
         self.confdir.mkdir()
         self.cache = folder / "cache"
@@ -63,6 +68,11 @@ class Door:
         """Write cloudimage.conf; the cache is always below the test's own folder."""
         config = self.confdir / "cloudimage.conf"
         config.write_text(f"[cache]\ndir = {self.cache}\n{text}")
+
+    def leftovers(self) -> list[Path]:
+        """Return what a door left behind: work folders, temporary files, half an entry."""
+        new = [path for path in _work_folders() if path not in self.before]
+        return new + list(self.cache.glob("*.work"))
 
     def environment(self, disks: list[Path], more: Mapping[str, str]) -> dict[str, str]:
         """Return what OSCoreEnv and OSEnvironment of Ganeti's backend.py set."""

@@ -322,8 +322,8 @@ def test_a_closed_pipe(door: Door, source: Path, compression: str) -> None:
     result = _run(f"{ROOT}/export | head -c 1000 > /dev/null", environment)
     assert result.status == 1
     (line,) = result.log.splitlines()
-    assert line.startswith(f"ERROR: exporting {source}: ")
-    assert line.endswith(("the reader of the dump went away", "Broken pipe"))
+    assert "reader of the" in line
+    assert "went away" in line
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])

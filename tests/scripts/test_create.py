@@ -43,14 +43,6 @@ def assert_image(disk: Path, image: Path) -> None:
     assert "No problems found" in checked.stdout
 
 
-def leftovers(door: Door) -> list[str]:
-    """Return what a door left behind: work folders, temporary files, loop devices, mounts."""
-    found = [path.name for path in Path("/run").glob("cloudimage-*")]
-    found += [path.name for path in Path("/tmp").glob("cloudimage*")]
-    found += [path.name for path in door.cache.glob("*.work")]
-    return found
-
-
 @pytest.mark.parametrize("fmt", ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx"])
 def test_every_format(door: Door, disk: Callable[..., Path], images: Path, fmt: str) -> None:
     target = disk()
@@ -59,7 +51,7 @@ def test_every_format(door: Door, disk: Callable[..., Path], images: Path, fmt: 
     assert result.error == "create: vm1.example.com is ready"
     assert_image(target, images / "gpt.raw")
     assert target.stat().st_blocks * 512 < 20 * MIB
-    assert leftovers(door) == []
+    assert door.leftovers() == []
 
 
 @pytest.mark.parametrize("tool", ["gzip", "bzip2", "xz", "zstd", "lz4"])
@@ -262,7 +254,7 @@ def test_bad_images(
     assert words in result.error
     assert str(path) in result.error
     assert target.stat().st_blocks == 0, "nothing is written for an image that is refused"
-    assert leftovers(door) == []
+    assert door.leftovers() == []
 
 
 @pytest.mark.parametrize(
@@ -300,7 +292,7 @@ def test_bad_variables(
     assert result.error.startswith("ERROR: ")
     assert words in result.error
     assert target.stat().st_blocks == 0
-    assert leftovers(door) == []
+    assert door.leftovers() == []
 
 
 @pytest.mark.parametrize(("status", "words"), [(404, "404"), (500, "500"), (403, "403")])
@@ -380,7 +372,7 @@ def test_a_cancelled_job(door: Door, disk: Callable[..., Path], images: Path) ->
     assert child.returncode == 1
     assert err.splitlines()[-1].startswith(b"ERROR: interrupted by SIGTERM")
     assert target.read_bytes()[:MIB] == bytes(MIB)
-    assert leftovers(door) == []
+    assert door.leftovers() == []
 
 
 def test_no_secret_in_the_log(door: Door, disk: Callable[..., Path], images: Path) -> None:
