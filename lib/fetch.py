@@ -14,7 +14,7 @@ from lib import http, log
 from lib.errors import Error
 from lib.http import Options, Unavailable
 
-__all__ = ["Options", "Response", "Unavailable", "download", "probe", "read"]
+__all__ = ["Options", "Response", "Unavailable", "download", "prepare", "probe", "read"]
 
 ONE_BYTE = {"Range": "bytes=0-0"}
 
@@ -64,6 +64,12 @@ def read(url: str, options: Options, limit_bytes: int) -> bytes:
     output = io.BytesIO()
     _Transfer(url, output, replace(options, max_size_bytes=limit_bytes)).run()
     return output.getvalue()
+
+
+def prepare(options: Options) -> None:
+    """Import requests now: it takes longer than most answers, and others may wait for a lock."""
+    with http.session(options):
+        pass
 
 
 def probe(url: str, options: Options) -> None:

@@ -44,6 +44,8 @@ def raw_image(job: Job) -> Iterator[Raw]:
         refresh: cache.Refresh
         if source.path is None:
             url = str(source.url)
+            if not isinstance(job.checksum, tuple):  # a pinned digest may need no server
+                fetch.prepare(sources.options(job.config))
             key, refresh = _remote_key(job, url), partial(_refresh, job, url)
         else:
             file = stack.enter_context(sources.open_image(job, source.path))
