@@ -11,7 +11,6 @@ COMMAND = $(DESTDIR)$(PREFIX)/sbin/cloudimage
 PYTHON = /usr/bin/python3
 VENV = .venv
 DOORS = create export import rename verify
-SOURCES = lib tests $(DOORS) lib/cloudimage tests/cluster tests/build-image
 
 # What the product needs on a node, and what only its tests need.
 PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python3-requests \
