@@ -226,7 +226,6 @@ def _decoded(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path
 def _decoded_image(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path:
     found = image.inspect(file, job.format, job.config.image_max_virtual_size)
     if found.format == "raw" and path is not None:
-        os.truncate(path, found.virtual_size_bytes)
         return path
     raw = work / "raw"
     with raw.open("w+b") as output:

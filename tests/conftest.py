@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,18 @@ def require(*tools: str) -> None:
         if CI:
             pytest.fail(words)
         pytest.skip(words)
+
+
+@contextmanager
+def gpg_home() -> Iterator[Path]:
+    """Make a home for gpg's keys; its agent ends with it."""
+    require("gpg", "gpgv", "bwrap")
+    home = Path(tempfile.mkdtemp(prefix="gpg"))  # short: the agent's socket lies in it
+    try:
+        yield home
+    finally:
+        subprocess.run(["gpgconf", f"--homedir={home}", "--kill", "all"], check=True)
+        shutil.rmtree(home)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

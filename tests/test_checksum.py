@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 
 from lib import checksum
 from lib.errors import Error
-from tests.conftest import require
+from tests.conftest import gpg_home
 
 A, B = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 LONG = A + B
@@ -156,13 +155,8 @@ class Gpg:
 
 @pytest.fixture(scope="module")
 def gpg() -> Iterator[Gpg]:
-    require("gpg", "gpgv", "bwrap")
-    home = Path(tempfile.mkdtemp(prefix="gpg"))  # short: the agent's socket lies in it
-    try:
+    with gpg_home() as home:
         yield Gpg(home)
-    finally:
-        subprocess.run(["gpgconf", f"--homedir={home}", "--kill", "all"], check=True)
-        shutil.rmtree(home)
 
 
 @pytest.mark.parametrize("form", ["binary", "armored"])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from lib import obtain, params
 from lib.environment import Environment
 from lib.errors import Error
 from tests import httpd
-from tests.conftest import ROOT, require
+from tests.conftest import ROOT, gpg_home, require
 from tests.images import convert, disk_image
 from tests.scripts.conftest import Door
 
@@ -251,13 +249,8 @@ class Gpg:
 
 @pytest.fixture(scope="module")
 def gpg() -> Iterator[Gpg]:
-    require("gpg", "gpgv", "bwrap")
-    home = Path(tempfile.mkdtemp(prefix="gpg"))  # short: the agent's socket lies in it
-    try:
+    with gpg_home() as home:
         yield Gpg(home)
-    finally:
-        subprocess.run(["gpgconf", f"--homedir={home}", "--kill", "all"], check=True)
-        shutil.rmtree(home)
 
 
 @pytest.mark.parametrize("form", ["inline", "over the list", "over the image"])
