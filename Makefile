@@ -70,11 +70,11 @@ metad-check: packages
 	tests/metad/check $(GANETI_SOURCE)
 
 install:
-	install -d $(BUNDLE)/lib $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
+	install -d $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
 	  $(BUNDLE)/doc/ganeti $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
 	install -m 755 $(DOORS) $(BUNDLE)
 	install -m 644 ganeti_api_version parameters.list README.md LICENSE $(BUNDLE)
-	install -m 644 lib/*.py $(BUNDLE)/lib
+	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module; done
 	install -m 755 lib/cloudimage $(BUNDLE)/lib
 	install -m 644 variants.d/*.conf $(BUNDLE)/variants.d
 	install -m 644 hooks.d/pre/README $(BUNDLE)/hooks.d/pre

@@ -10,26 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from lib import (
-    disk,
-    environment,
-    hooks,
-    keys,
-    log,
-    network,
-    obtain,
-    params,
-    partition,
-    run,
-    seed,
-    sources,
-    transfer,
-    unpack,
-)
+from lib import environment, hooks, log, run
+from lib.decoder import unpack
+from lib.disk import partition, transfer
+from lib.disk import target as disk
 from lib.environment import Environment
 from lib.errors import Error, context
-from lib.params import Job
-from lib.values import Document
+from lib.guest import keys, network, seed
+from lib.settings import params
+from lib.settings.params import Job
+from lib.settings.values import Document
+from lib.source import locations, obtain
 
 TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
 SEED_DISK = "cidata"
@@ -128,7 +119,7 @@ def _write_texts(env: Environment, job: Job, texts: Path) -> None:
 def _read(job: Job, parameter: str, document: Document) -> bytes:
     """Read a text of the user's; an Error names the parameter, never the content."""
     with context(f"reading {parameter}"):
-        return sources.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
+        return locations.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
 
 
 def _require_communication_nic(env: Environment) -> None:

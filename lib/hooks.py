@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib import config, log, run
+from lib import log, run
 from lib.errors import Error
+from lib.settings import config
 
 PHASES = ("pre", "post")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")  # run-parts(8)'s rule without --lsbsysinit

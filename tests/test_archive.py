@@ -14,7 +14,7 @@ from typing import Optional, Union
 
 import pytest
 
-from lib import unpack
+from lib.decoder import unpack
 from lib.errors import Error
 from tests.conftest import require
 

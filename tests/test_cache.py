@@ -23,9 +23,9 @@ from typing import Callable, Optional
 
 import pytest
 
-from lib.cache import Cache, Note, Refresh
 from lib.entry import Interrupted, guard
 from lib.errors import Error
+from lib.source.cache import Cache, Note, Refresh
 from tests.conftest import ROOT, require
 
 KEY = "https://example.com/image.qcow2"
@@ -463,7 +463,7 @@ def test_a_child_that_reads_keeps_the_entry(cache: Cache) -> None:
 ONE_OF_TEN = """
 import sys, time
 from pathlib import Path
-from lib.cache import Cache
+from lib.source.cache import Cache
 
 def refresh(old, work):
     with open(sys.argv[2], "a") as calls:
@@ -595,7 +595,7 @@ def test_killed_before_every_step(cache: Cache, before: Optional[str]) -> None:
 
 def test_killed_at_random_moments(cache: Cache, tmp_path: Path) -> None:
     loop = (
-        "import sys; from pathlib import Path; from lib.cache import Cache\n"
+        "import sys; from pathlib import Path; from lib.source.cache import Cache\n"
         "cache = Cache(Path(sys.argv[1]), 1 << 30, 3600.0)\n"
         "def refresh(old, work):\n"
         "    text = str(old['count'] + 1 if old else 0) * 100000\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import checksum
 from lib.errors import Error
+from lib.source import checksum
 from tests.conftest import gpg_home
 
 A, B = "0123456789abcdef" * 4, "fedcba9876543210" * 4

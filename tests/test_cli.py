@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import obtain, params
 from lib.environment import Environment
+from lib.settings import params
+from lib.source import obtain
 from tests import httpd
 from tests.conftest import ROOT, SYSTEM_PATH, require
 from tests.images import MIB, convert, disk_image

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import config, params
 from lib.errors import Error
+from lib.settings import config, params
 
 
 def load(folder: Path, text: str) -> config.Config:

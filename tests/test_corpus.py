@@ -8,9 +8,9 @@ from typing import Optional
 
 import pytest
 
-from lib import image
+from lib.decoder import image
+from lib.decoder.image import Image
 from lib.errors import Error
-from lib.image import Image
 from tests import corpus
 from tests.conftest import require
 

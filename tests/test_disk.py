@@ -1,4 +1,4 @@
-"""lib/disk.py on files and on URIs, read back with cmp-like reads and qemu's own tools."""
+"""lib/disk/target.py on files and on URIs, read back with cmp-like reads and qemu's own tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from lib import disk, run
+from lib import run
+from lib.disk import target as disk
 from lib.environment import Disk
 from lib.errors import Error
 from tests.conftest import require

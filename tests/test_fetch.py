@@ -28,9 +28,9 @@ from typing import Any, Optional
 
 import pytest
 
-from lib import fetch
 from lib.errors import Error
-from lib.http import BLOCK_BYTES
+from lib.source import fetch
+from lib.source.web import BLOCK_BYTES
 from tests import httpd
 from tests.conftest import ROOT, require
 
@@ -503,7 +503,7 @@ def test_netrc_without_home(tmp_path: Path) -> None:
     (tmp_path / "passwd").write_text(f"{user.pw_name}:x:{user.pw_uid}:0::{tmp_path}:/bin/sh")
     image = httpd.protected("me", "secret", httpd.content(b"hello"))
     with httpd.serve({"/image": image}) as server:
-        script = "from lib import fetch; import sys; "
+        script = "from lib.source import fetch; import sys; "
         script += "sys.stdout.buffer.write(fetch.read(sys.argv[1], fetch.Options(), 9))"
         done = subprocess.run(
             ["bwrap", "--dev-bind", "/", "/", "--ro-bind", tmp_path / "passwd", "/etc/passwd",
@@ -708,7 +708,8 @@ def test_requests_is_imported_late_and_named_when_missing() -> None:
     script = f"""
         import sys
         sys.path[:0] = [{str(ROOT)!r}]
-        from lib import errors, fetch
+        from lib import errors
+        from lib.source import fetch
         assert "requests" not in sys.modules
         try:
             fetch.read("http://127.0.0.1:1/", fetch.Options(), 1)

@@ -13,7 +13,7 @@ from functools import cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib import image
+from lib.decoder import image
 from lib.errors import Error
 from tests import corpus
 

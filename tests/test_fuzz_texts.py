@@ -11,9 +11,11 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib import checksum, config, keys, network, params
 from lib.environment import Environment
 from lib.errors import Error
+from lib.guest import keys, network
+from lib.settings import config, params
+from lib.source import checksum
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 FUZZ = settings(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import image
+from lib.decoder import image
+from lib.decoder.image import Image
 from lib.errors import Error
-from lib.image import Image
 from tests import corpus
 from tests.conftest import require
 

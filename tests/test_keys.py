@@ -1,4 +1,4 @@
-"""lib/keys.py: which lines are public keys."""
+"""lib/guest/keys.py: which lines are public keys."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import keys
 from lib.errors import Error
+from lib.guest import keys
 from tests.conftest import require
 
 

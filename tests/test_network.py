@@ -1,4 +1,4 @@
-"""lib/network.py: what a guest is told about its NICs, in both versions."""
+"""lib/guest/network.py: what a guest is told about its NICs, in both versions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lib import network
 from lib.environment import Environment, Nic
 from lib.errors import Error
+from lib.guest import network
 
 MACS = [f"aa:00:00:12:34:0{n}" for n in range(6)]
 LAN: dict[str, Any] = {"subnet": "192.0.2.0/24", "gateway": "192.0.2.1"}

@@ -1,4 +1,4 @@
-"""lib/obtain.py: when a server is asked, what is believed, and what is kept; with real servers."""
+"""lib/source/obtain.py: when a server is asked, what is believed and kept; real servers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lib import obtain, params
 from lib.environment import Environment
 from lib.errors import Error
+from lib.settings import params
+from lib.source import obtain
 from tests import httpd
 from tests.conftest import ROOT, gpg_home, require
 from tests.images import convert, disk_image

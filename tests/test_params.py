@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lib import config, params, values
 from lib.environment import Environment
 from lib.errors import Error
+from lib.settings import config, params, values
 
 HEX = {"sha256": "ab" * 32, "sha512": "cd" * 64}
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import partition
+from lib.disk import partition
+from lib.disk.partition import Extent, Plan
 from lib.errors import Error
-from lib.partition import Extent, Plan
 from tests.conftest import require
 
 MIB = 1 << 20

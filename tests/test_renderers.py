@@ -23,8 +23,8 @@ from typing import Any, Optional
 
 import pytest
 
-from lib import network, seed
 from lib.environment import Nic
+from lib.guest import network, seed
 from tests.conftest import CI, ROOT, SYSTEM_PATH, require
 from tests.test_network import LAN, LAN6, TALK, nic
 

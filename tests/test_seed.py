@@ -1,4 +1,4 @@
-"""lib/seed.py: the documents, the FAT volume and what a rename makes of them."""
+"""lib/guest/seed.py: the documents, the FAT volume and what a rename makes of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Optional
 
 import pytest
 
-from lib import seed
 from lib.errors import Error
+from lib.guest import seed
 from tests.conftest import require
 
 NAME, UUID = "web1.example.com", "7eb7a864-32d5-4cce-a37f-4dfde4aaf87e"
@@ -490,7 +490,7 @@ def test_foreign_meta_data(text: Optional[bytes]) -> None:
 
 def test_the_module_is_quick_to_import() -> None:
     """verify answers within 0.1 s."""
-    code = "import sys; from lib import seed; print('email' in sys.modules)"
+    code = "import sys; from lib.guest import seed; print('email' in sys.modules)"
     argv = [sys.executable, "-c", code]
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run(argv, check=True, capture_output=True, cwd=root).stdout == b"False\n"

@@ -1,4 +1,4 @@
-"""lib/sources.py: opening files of the node."""
+"""lib/source/locations.py: opening files of the node."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import sources
 from lib.errors import Error
+from lib.source import locations
 
 
 @pytest.mark.parametrize(
@@ -37,19 +37,19 @@ def test_open_file_refuses(kind: str, words: str, tmp_path: Path) -> None:
         elif kind == "empty":
             path.touch()
         with pytest.raises(Error) as caught:
-            sources.open_file(path)
+            locations.open_file(path)
     assert caught.value.message == f"{path}: {words}"
 
 
 def test_open_file_refuses_a_device() -> None:
     with pytest.raises(Error, match="/dev/zero: is not a regular file"):
-        sources.open_file(Path("/dev/zero"))
+        locations.open_file(Path("/dev/zero"))
 
 
 def test_open_file(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(b"data")
-    with sources.open_file(path) as file:
+    with locations.open_file(path) as file:
         path.unlink()
         assert file.read() == b"data"
         assert not os.get_inheritable(file.fileno())

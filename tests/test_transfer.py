@@ -1,4 +1,4 @@
-"""lib/transfer.py: dumps read back by zstd itself, and dumps of other tools loaded."""
+"""lib/disk/transfer.py: dumps read back by zstd itself, and dumps of other tools loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import BinaryIO, cast
 
 import pytest
 
-from lib import disk, transfer, unpack
+from lib.decoder import unpack
+from lib.disk import target as disk
+from lib.disk import transfer
 from lib.environment import Disk
 from lib.errors import Error
 from tests.conftest import require

@@ -17,7 +17,7 @@ from typing import BinaryIO, Optional, cast
 
 import pytest
 
-from lib import unpack
+from lib.decoder import unpack
 from lib.errors import Error
 from tests.conftest import require
 

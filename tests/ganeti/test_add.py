@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import params
+from lib.settings import params
 from tests.ganeti.conftest import Cluster
 
 pytestmark = pytest.mark.cluster

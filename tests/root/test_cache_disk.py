@@ -11,8 +11,8 @@ from typing import Optional
 import pytest
 
 from lib import run
-from lib.cache import Cache, Note, Refresh
 from lib.errors import Error
+from lib.source.cache import Cache, Note, Refresh
 from tests.conftest import require
 
 pytestmark = pytest.mark.root

@@ -1,4 +1,4 @@
-"""lib/disk.py on loop devices full of old bytes, on reflinks, and on full file systems."""
+"""lib/disk/target.py on loop devices full of old bytes, on reflinks, and on full file systems."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import disk, run
+from lib import run
+from lib.disk import target as disk
 from lib.environment import Disk
 from lib.errors import Error
 from tests.conftest import require

@@ -1,4 +1,4 @@
-"""lib/transfer.py on loop devices: read whole, and restored over old bytes."""
+"""lib/disk/transfer.py on loop devices: read whole, and restored over old bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import BinaryIO
 
 import pytest
 
-from lib import disk, run, transfer, unpack
+from lib import run
+from lib.decoder import unpack
+from lib.disk import target as disk
+from lib.disk import transfer
 from lib.environment import Disk
 from lib.errors import Error
 from tests.conftest import require

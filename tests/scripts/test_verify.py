@@ -258,7 +258,7 @@ def test_quick_where_nothing_is_asked_of_the_network(door: Door, image: Path) ->
         argv, cwd=ROOT, env=variables(door, **given), capture_output=True, text=True, check=True
     )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "lib.params" in imported
+    assert "lib.settings.params" in imported
     assert not imported & {"requests", "urllib3", "ssl", "asyncio"}
 
 

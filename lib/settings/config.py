@@ -18,7 +18,7 @@ from typing import Any, Optional
 from lib.errors import Error, describe, several
 from lib.log import printable
 
-BUNDLE = Path(__file__).resolve().parent.parent
+BUNDLE = Path(__file__).resolve().parent.parent.parent
 DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
 FILE_LIMIT_BYTES = 1 << 20
 

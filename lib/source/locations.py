@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from lib import log
-from lib.config import Config
 from lib.errors import Error
-from lib.params import Job
-from lib.values import Document, Location
+from lib.settings.config import Config
+from lib.settings.params import Job
+from lib.settings.values import Document, Location
 
 if TYPE_CHECKING:
-    from lib import fetch
+    from lib.source import fetch
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -49,7 +49,7 @@ def open_file(path: Path) -> BinaryIO:
 
 def options(settings: Config) -> fetch.Options:
     """Return how to talk to HTTP servers, from cloudimage.conf."""
-    from lib import fetch
+    from lib.source import fetch
 
     return fetch.Options(
         proxy=settings.http_proxy,
@@ -66,7 +66,7 @@ def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
     if isinstance(location, Document) and location.data is not None:
         data = location.data
     elif location.url is not None:
-        from lib import fetch
+        from lib.source import fetch
 
         return fetch.read(location.url, options(settings), limit_bytes)
     else:

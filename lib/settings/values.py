@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from lib import config, log
+from lib import log
+from lib.settings import config
 
 FORMATS = ("auto", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 DEBIAN_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Optional
 
 from lib import log, run
-from lib.errors import Error, context
-from lib.table import (
+from lib.disk.partition_table import (
     HEAD_SECTORS,
     SECTOR,
     Header,
@@ -28,6 +27,7 @@ from lib.table import (
     read_header,
     write_header,
 )
+from lib.errors import Error, context
 
 Read = Callable[[int, int], bytes]  # offset and length in bytes
 

@@ -18,8 +18,8 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+from lib.decoder.magic import CONVERT, DECRYPT, SECTOR, Read
 from lib.errors import Error
-from lib.magic import CONVERT, DECRYPT, SECTOR, Read
 
 _DAMAGED = "fetch it again; its source may be damaged"
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from lib import config, log, values
-from lib.config import Config
+from lib import log
 from lib.environment import Environment
 from lib.errors import Error, several
-from lib.values import FORMATS, Checksum, Document, Location
+from lib.settings import config, values
+from lib.settings.config import Config
+from lib.settings.values import FORMATS, Checksum, Document, Location
 
 DOCUMENT_LIMIT_BYTES = 1 << 20
 VALUE_LIMIT = 4096

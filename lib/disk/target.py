@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Optional, Union
 
-from lib import local, log, nbd
+from lib import log
+from lib.disk import local, nbd
+from lib.disk.local import BLOCK_BYTES, ZEROES, Local
 from lib.environment import Disk
 from lib.errors import Error, describe
-from lib.local import BLOCK_BYTES, ZEROES, Local
 
 MIB, GIB = 1 << 20, 1 << 30
 GRAIN_BYTES = 64 << 10  # the shortest run of zeroes that becomes a hole

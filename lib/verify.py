@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from lib import keys, params, sources
 from lib.environment import Environment
 from lib.errors import Error, several
-from lib.params import Job
-from lib.values import Document, Location
+from lib.guest import keys
+from lib.settings import params
+from lib.settings.params import Job
+from lib.settings.values import Document, Location
+from lib.source import locations
 
 
 def verify(env: Environment) -> None:
@@ -43,14 +45,14 @@ def verify(env: Environment) -> None:
 def _check_location(job: Job, parameter: str, location: Location) -> None:
     """Raise an Error if the file or document is definitely of no use."""
     if location.url is not None:
-        from lib import fetch
+        from lib.source import fetch
 
-        fetch.probe(location.url, sources.options(job.config))
+        fetch.probe(location.url, locations.options(job.config))
     elif location.path is not None and parameter == "image":
-        sources.open_image(job, location.path).close()
+        locations.open_image(job, location.path).close()
     elif isinstance(location, Document):
-        text = sources.read(location, job.config, params.DOCUMENT_LIMIT_BYTES)
+        text = locations.read(location, job.config, params.DOCUMENT_LIMIT_BYTES)
         if parameter == "ssh_keys":
             keys.parse(text)
     elif location.path is not None:
-        sources.open_file(location.path).close()
+        locations.open_file(location.path).close()

@@ -1,7 +1,7 @@
 """Image files: which format they have, whether that format is safe to decode, and the decoding.
 
-Root only looks at headers (lib/magic.py, lib/formats.py); qemu-img, which parses the rest, runs in
-the sandbox.
+Root only looks at headers (magic, formats); qemu-img, which parses the rest, runs in the
+sandbox.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import IO, BinaryIO
 
-from lib import errors, formats, log, magic, run
+from lib import errors, log, run
+from lib.decoder import formats, magic
 from lib.errors import Error
 
 FORMATS = ("raw", *formats.PARSERS)

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from lib import entry, log, obtain, params
+from lib import entry, log
 from lib.environment import Environment
 from lib.errors import Error, several
-from lib.params import Job
+from lib.settings import params
+from lib.settings.params import Job
+from lib.source import obtain
 
 _DAY_S = 86400.0
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Optional
 
-from lib import http, log
+from lib import log
 from lib.errors import Error
-from lib.http import Options, Unavailable
+from lib.source import web
+from lib.source.web import Options, Unavailable
 
 __all__ = ["Options", "Response", "Unavailable", "download", "prepare", "probe", "read"]
 
@@ -68,7 +69,7 @@ def read(url: str, options: Options, limit_bytes: int) -> bytes:
 
 def prepare(options: Options) -> None:
     """Import requests now: it takes longer than most answers, and others may wait for a lock."""
-    with http.session(options):
+    with web.session(options):
         pass
 
 
@@ -83,10 +84,10 @@ def probe(url: str, options: Options) -> None:
         read_timeout_s=min(5.0, options.read_timeout_s),
     )
     try:
-        with http.session(quick) as session, session.get(url, ONE_BYTE) as answer:
-            if answer.status in http.REFUSED:
+        with web.session(quick) as session, session.get(url, ONE_BYTE) as answer:
+            if answer.status in web.REFUSED:
                 raise answer.failure()
-    except http.Broken:
+    except web.Broken:
         pass
 
 
@@ -110,21 +111,21 @@ class _Transfer:
     def run(self) -> bool:
         """Try until the body is whole; False if it is not modified."""
         attempt = 0
-        with http.session(self.options) as session:
+        with web.session(self.options) as session:
             while True:
                 try:
                     return self._attempt(session)
-                except http.Broken as broken:
+                except web.Broken as broken:
                     attempt += 1
                     pause_s = self._pause(attempt, broken)
                 time.sleep(pause_s)
 
-    def _pause(self, attempt: int, broken: http.Broken) -> float:
+    def _pause(self, attempt: int, broken: web.Broken) -> float:
         """Return the seconds to wait after this attempt; Unavailable if it was the last."""
         options, shown = self.options, log.redact(self.url)
         if attempt > options.retries:
             message = f"{shown}: {broken} (attempt {attempt}, the last)"
-            raise Unavailable(message, http.UNAVAILABLE_HINT) from broken
+            raise Unavailable(message, web.UNAVAILABLE_HINT) from broken
         pause_s = max(options.pause_s * (1 << (attempt - 1)), broken.after_s)
         pause_s = min(pause_s, options.max_pause_s)
         if self.progress:
@@ -133,7 +134,7 @@ class _Transfer:
         log.step(f"fetch: {shown}: {broken}; {retry}")
         return pause_s
 
-    def _attempt(self, session: http.Session) -> bool:
+    def _attempt(self, session: web.Session) -> bool:
         resume = self._resume_headers()
         if not resume:
             self._restart()
@@ -144,7 +145,7 @@ class _Transfer:
                 self._continue(answer)
             elif answer.status == 416 and resume:
                 self._restart()
-                raise http.Broken("the rest is no longer there, starting over")
+                raise web.Broken("the rest is no longer there, starting over")
             elif answer.status == 200:
                 self._begin(answer)
             else:
@@ -152,7 +153,7 @@ class _Transfer:
             while block := answer.block():
                 self._add(block, answer.shown)
         if self.total is not None and self.received != self.total:
-            raise http.Broken(f"the connection ended after {self.received} of {self.total} bytes")
+            raise web.Broken(f"the connection ended after {self.received} of {self.total} bytes")
         if not self.received:
             raise Error(f"{answer.shown}: the body is empty", "check the URL")
         self.output.flush()
@@ -170,7 +171,7 @@ class _Transfer:
         self.received, self.total, self.etag = 0, None, None
         self.digests = {name: hashlib.new(name) for name in self.algorithms}
 
-    def _begin(self, answer: http.Answer) -> None:
+    def _begin(self, answer: web.Answer) -> None:
         """Take the header of a whole body, and refuse one that cannot be trusted."""
         self._restart()
         headers, length = answer.headers, _length(answer)
@@ -188,7 +189,7 @@ class _Transfer:
         if self.progress:
             self.progress.total_bytes = length
 
-    def _continue(self, answer: http.Answer) -> None:
+    def _continue(self, answer: web.Answer) -> None:
         """Check that a 206 is the rest of what has arrived, of the same file."""
         assert self.total is not None  # _resume_headers() looked
         there = f"bytes {self.received}-{self.total - 1}/{self.total}"
@@ -199,7 +200,7 @@ class _Transfer:
             or _length(answer) not in (None, self.total - self.received)
         ):
             self._restart()
-            raise http.Broken("the server did not go on where the download stopped, starting over")
+            raise web.Broken("the server did not go on where the download stopped, starting over")
 
     def _fits(self, size_bytes: int, shown: str) -> None:
         limit = self.options.max_size_bytes
@@ -216,7 +217,7 @@ class _Transfer:
             self.progress.update(self.received)
 
 
-def _length(answer: http.Answer) -> Optional[int]:
+def _length(answer: web.Answer) -> Optional[int]:
     """Return Content-Length or None; Error if the header leaves it open (RFC 9112 6.3)."""
     lengths = {each.strip() for each in answer.headers.get("Content-Length", "").split(",")} - {""}
     coding = answer.headers.get("Transfer-Encoding", "")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, BinaryIO, Optional, cast
 
-from lib import archive, log, run
+from lib import log, run
+from lib.decoder import archive
 from lib.errors import Error
 
 _HEAD_BYTES = 512

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-from lib import cache, checksum, fetch, image, log, run, sources, unpack
-from lib.config import Config
+from lib import log, run
+from lib.decoder import image, unpack
 from lib.errors import context
-from lib.params import Job
-from lib.values import Digest, Location
+from lib.settings.config import Config
+from lib.settings.params import Job
+from lib.settings.values import Digest, Location
+from lib.source import cache, checksum, fetch, locations
 
 LIST_LIMIT_BYTES = 1 << 20
 
@@ -45,10 +47,10 @@ def raw_image(job: Job) -> Iterator[Raw]:
         if source.path is None:
             url = str(source.url)
             if not isinstance(job.checksum, tuple):  # a pinned digest may need no server
-                fetch.prepare(sources.options(job.config))
+                fetch.prepare(locations.options(job.config))
             key, refresh = _remote_key(job, url), partial(_refresh, job, url)
         else:
-            file = stack.enter_context(sources.open_image(job, source.path))
+            file = stack.enter_context(locations.open_image(job, source.path))
             _check_local(job, file)
             if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
                 with context(f"looking at {source}"):
@@ -69,11 +71,11 @@ def expected_digest(job: Job) -> Optional[Digest]:
     if job.checksum is None or isinstance(job.checksum, tuple):
         return job.checksum
     with context(f"reading the checksum list {job.checksum}"):
-        listing = sources.read(job.checksum, job.config, LIST_LIMIT_BYTES)
+        listing = locations.read(job.checksum, job.config, LIST_LIMIT_BYTES)
         if job.signature == "inline":
             listing = checksum.clearsigned(listing, job.keys())
         elif isinstance(job.signature, Location):
-            signature = sources.read(job.signature, job.config, LIST_LIMIT_BYTES)
+            signature = locations.read(job.signature, job.config, LIST_LIMIT_BYTES)
             checksum.verify_detached(listing, signature, job.keys())
         return checksum.find(listing, job.source().file_name)
 
@@ -82,7 +84,7 @@ def _check_signature(job: Job, file: BinaryIO) -> None:
     """Check a detached signature over the image itself: there is no list then."""
     if job.checksum is None and isinstance(job.signature, Location):
         with context(f"checking the signature {job.signature} of {job.source()}"):
-            signature = sources.read(job.signature, job.config, LIST_LIMIT_BYTES)
+            signature = locations.read(job.signature, job.config, LIST_LIMIT_BYTES)
             checksum.verify_detached(file.fileno(), signature, job.keys())
 
 
@@ -105,7 +107,7 @@ def _remote_key(job: Job, url: str) -> str:
         key["checksum"] = str(job.checksum)
     if job.signature is not None:
         key["signature"] = str(job.signature)
-        with context("reading the keyring"), sources.open_file(job.keys()) as file:
+        with context("reading the keyring"), locations.open_file(job.keys()) as file:
             key["keyring"] = hashlib.sha256(file.read()).hexdigest()
     return json.dumps(key, sort_keys=True)
 
@@ -144,7 +146,7 @@ def _fetch(
         response = fetch.download(
             url,
             file,
-            sources.options(job.config),
+            locations.options(job.config),
             algorithms=(algorithm,),
             etag=known["etag"] if known else None,
             last_modified=known["last_modified"] if known else None,

@@ -1,0 +1,1 @@
+"""What understands an image: compression, archives, headers, qemu-img."""

@@ -1,0 +1,1 @@
+"""The instance's disks: the target, its partition table, dump and restore."""

@@ -1,0 +1,1 @@
+"""What the administrator may say: OS parameters, cloudimage.conf, variants."""
