@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from lib import environment, hooks, log, run
-from lib.decoder import unpack
+from lib import compression, environment, hooks, log, run
 from lib.disk import partition, transfer
 from lib.disk import target as disk
 from lib.environment import Environment
@@ -181,10 +180,10 @@ def restore(env: Environment) -> None:
     target = disk.open_target(env.transfer_disk("IMPORT_DEVICE"))
     dump = sys.stdin.buffer
     head = dump.read(512)
-    kind = unpack.detect(head)
+    kind = compression.detect(head)
     with disk.unbootable_on_failure(target), context(f"importing to {target.disk.label}"):
         with disk.claim(target):
-            size_bytes = transfer.load(unpack.decompressed(dump, kind, head), target)
+            size_bytes = transfer.load(compression.decompressed(dump, kind, head), target)
             if size_bytes < target.size_bytes:
                 _spread(target, size_bytes)
             disk.sync(target)

@@ -8,11 +8,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Optional, Union
@@ -22,8 +21,15 @@ from lib.errors import Error
 
 STDOUT = subprocess.STDOUT  # for callers, who do not import subprocess
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# glibc's arenas, one a thread, would burst a sandbox's limit on the address space
+ENVIRONMENT = {"LC_ALL": "C", "MALLOC_ARENA_MAX": "3"}
 OUTPUT_LIMIT_BYTES = 64 << 20
 REPLAY_LINES, REPLAY_WIDTH = 10, 200
+
+# A user and group that own nothing and run nothing else: no distribution hands out this number
+# (systemd's UIDS-GIDS keeps 65520 to 65533 unused, Debian's policy 9.2.2 reserves it), and it is
+# not nobody, whom NFS servers and daemons use.
+SANDBOX_ID = 65531
 
 # Debian's package, and EL's where its name is another
 PACKAGES = {
@@ -40,10 +46,19 @@ PACKAGES = {
     "qemu-img": "qemu-utils (EL: qemu-img)",
     "qemu-io": "qemu-utils (EL: qemu-img)",
     "qemu-nbd": "qemu-utils (EL: qemu-img)",
+    "setpriv": "util-linux",
     "sfdisk": "fdisk (EL: util-linux)",
     "xz": "xz-utils (EL: xz)",
     "zstd": "zstd",
 }
+
+
+class Failed(Error):
+    """A program failed; `words` is what it said last, for those who know what it means."""
+
+    def __init__(self, message: str, words: str = "") -> None:
+        super().__init__(message)
+        self.words = words
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Limits:
     cpu_s: int = 60
     file_size_bytes: int = 64 << 20
     open_files: int = 64
+    processes: int = 256  # with threads, of all our sandboxes on the node
     wall_s: float = 120.0
 
 
@@ -62,7 +78,9 @@ class Sandbox:
     """What a sandboxed program sees beside a read-only /usr: names inside -> files of the node.
 
     A file is a path, or an open descriptor: then it is that very file that is bound, whatever its
-    name stands for by now. No network, no capabilities, no /proc, an empty /tmp.
+    name stands for by now. No network, no capabilities, no /proc, nothing to write but `write`,
+    and no right but that of a user who owns nothing: so what is read must be readable by all (in a
+    folder that is not), and what is written belongs to that user while the program runs.
     """
 
     read: Mapping[str, Union[Path, int]] = field(default_factory=dict)
@@ -89,9 +107,15 @@ def _resolve(tool: str) -> str:
     return os.path.abspath(path)
 
 
-def _sandboxed(argv: Sequence[str], sandbox: Sandbox) -> tuple[list[str], tuple[int, ...]]:
-    """Return the argv that runs `argv` in the sandbox, and the descriptors that it needs."""
-    limits = sandbox.limits
+def _sandboxed(
+    argv: Sequence[str], sandbox: Sandbox, stack: ExitStack
+) -> tuple[list[str], list[int]]:
+    """Return the argv that runs `argv` in the sandbox, and the descriptors that it needs.
+
+    Root needs no user namespace, which some nodes forbid: its program changes to a user of the
+    node before it starts. Nothing here is newer than bubblewrap 0.4.1.
+    """
+    limits, is_root = sandbox.limits, os.geteuid() == 0
     command = [
         _resolve("prlimit"),
         f"--as={limits.address_space_bytes}",
@@ -99,14 +123,16 @@ def _sandboxed(argv: Sequence[str], sandbox: Sandbox) -> tuple[list[str], tuple[
         f"--fsize={limits.file_size_bytes}",
         f"--nofile={limits.open_files}",
         "--core=0",
+        *([f"--nproc={limits.processes}"] if is_root else []),
         "--",
         _resolve("bwrap"),
-        "--unshare-all",
+        *("--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts"),
+        "--unshare-cgroup-try",
+        *([] if is_root else ["--unshare-user", "--uid", "65534", "--gid", "65534"]),
         "--die-with-parent",
         "--new-session",
         *("--cap-drop", "ALL"),
-        *("--uid", "65534"),
-        *("--gid", "65534"),
+        *(("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID") if is_root else ()),
         *("--ro-bind", "/usr", "/usr"),
     ]
     for name in ("bin", "sbin", "lib", "lib64"):
@@ -118,14 +144,25 @@ def _sandboxed(argv: Sequence[str], sandbox: Sandbox) -> tuple[list[str], tuple[
     descriptors = []
     for option, files in (("--ro-bind", sandbox.read), ("--bind", sandbox.write)):
         for inside, outside in files.items():
-            if isinstance(outside, int):
-                descriptors.append(outside)
-                outside = Path(f"/proc/self/fd/{outside}")
-            command += [option, os.fspath(outside), inside]
-    command += ["--clearenv", "--setenv", "PATH", DEFAULT_PATH, "--setenv", "LC_ALL", "C"]
-    # glibc's arenas, one a thread, would burst the limit on the address space
-    command += ["--setenv", "MALLOC_ARENA_MAX", "3", "--"]
-    return [*command, *argv], tuple(descriptors)
+            # the program inherits these: they name a file, and open it for nobody
+            name = f"/proc/self/fd/{outside}" if isinstance(outside, int) else os.fspath(outside)
+            bound = os.open(name, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, bound)
+            descriptors.append(bound)
+            command += [option, f"/proc/self/fd/{bound}", inside]
+            if is_root and option == "--bind":
+                _lend(f"/proc/self/fd/{bound}", stack)
+    if is_root:
+        user = (f"--reuid={SANDBOX_ID}", f"--regid={SANDBOX_ID}", "--clear-groups")
+        command += [_resolve("setpriv"), *user, "--inh-caps=-all", "--no-new-privs", "--"]
+    return [*command, *argv], descriptors
+
+
+def _lend(name: str, stack: ExitStack) -> None:
+    """Give a file to the sandbox's user until the stack is left."""
+    status = os.stat(name)
+    os.chown(name, SANDBOX_ID, SANDBOX_ID)
+    stack.callback(os.chown, name, status.st_uid, status.st_gid)
 
 
 @contextmanager
@@ -141,40 +178,42 @@ def process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start `argv` in a process group of its own; the whole group is gone when the block ends.
 
-    stdin is /dev/null unless given, the environment is PATH and LC_ALL=C unless given.
+    stdin is /dev/null unless given, the environment is PATH and ENVIRONMENT unless given.
     """
-    command = [_resolve(argv[0]), *argv[1:]]
-    passed = tuple(descriptors)
-    if sandbox is not None:
-        command, bound = _sandboxed(command, sandbox)
-        passed += bound
-    log.debug(shlex.join(command))
     if environment is None:
-        environment = {"PATH": os.environ.get("PATH") or DEFAULT_PATH, "LC_ALL": "C"}
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL if stdin is None else stdin,
-        stdout=stdout,
-        stderr=stderr,
-        env=dict(environment),
-        pass_fds=passed,
-        start_new_session=True,
-    )
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            try:
-                os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        child.wait()
-        for stream in (child.stdin, child.stdout, child.stderr):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    pass
+        environment = {**ENVIRONMENT, "PATH": os.environ.get("PATH") or DEFAULT_PATH}
+    command, passed = [_resolve(argv[0]), *argv[1:]], list(descriptors)
+    with ExitStack() as stack:
+        if sandbox is not None:
+            environment = {**ENVIRONMENT, "PATH": DEFAULT_PATH}
+            command, bound = _sandboxed(command, sandbox, stack)
+            passed += bound
+        log.debug(shlex.join(command))
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=dict(environment),
+            pass_fds=passed,
+            start_new_session=True,
+        )
+        try:
+            yield child
+        finally:
+            _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child's process group and close the pipes."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for stream in (child.stdin, child.stdout, child.stderr):
+        if stream is not None:
+            with suppress(BrokenPipeError):
+                stream.close()
 
 
 def run(
@@ -260,13 +299,14 @@ def _judge(tool: str, status: int, err: bytes, accept: Sequence[int], silent: bo
     lines = [line for line in err.decode("ascii", "backslashreplace").splitlines() if line.strip()]
     for line in lines[-REPLAY_LINES:]:
         log.step(log.printable(f"{tool}: {line}", REPLAY_WIDTH))
+    words = "\n".join(lines[-REPLAY_LINES:])
     if status in accept:
-        raise Error(f"{tool} complained about its input")
-    if status < 0:
-        raise Error(f"{tool} was ended by {signal.Signals(-status).name}")
+        raise Failed(f"{tool} complained about its input", words)
     if status > 128 and status - 128 in set(signal.Signals):
-        raise Error(f"{tool} was ended by {signal.Signals(status - 128).name}")
-    raise Error(f"{tool} failed with status {status}")
+        status = 128 - status
+    if status < 0:
+        raise Failed(f"{tool} was ended by {signal.Signals(-status).name}", words)
+    raise Failed(f"{tool} failed with status {status}", words)
 
 
 @contextmanager
@@ -299,7 +339,7 @@ def reader(
     The block must read to the end of the output; the exit status of the program is then checked,
     so that half a stream is never taken for a whole one.
     """
-    with tempfile.TemporaryFile() as err:
+    with open(os.memfd_create("stderr"), "w+b") as err:
         with process(
             argv,
             stdin=stdin,

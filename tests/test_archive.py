@@ -39,7 +39,7 @@ def sparse(tmp_path: Path) -> Path:
 def unpacked(tmp_path: Path, packed: bytes) -> bytes:
     (tmp_path / "packed").write_bytes(packed)
     with (tmp_path / "packed").open("rb") as source, (tmp_path / "out").open("w+b") as output:
-        unpack.unpack(source, output, LIMIT)
+        unpack.unpack(source, source.read(512), output, LIMIT)
     return (tmp_path / "out").read_bytes()
 
 

@@ -8,26 +8,24 @@ from typing import Optional
 
 import pytest
 
-from lib.decoder import image
-from lib.decoder.image import Image
+from lib import run
 from lib.errors import Error
+from lib.source import decode
 from tests import corpus
-from tests.conftest import require
+from tests.conftest import ROOT, require
 
 SECONDS = 20.0  # of a busy machine; what hangs, hangs for ever
 
 
 def meet(directory: Path, item: corpus.Item) -> Optional[str]:
-    """Inspect and decode the image as create does; return what the refusal says."""
-    with open(directory / "image", "rb") as file, open(directory / "output", "w+b") as output:
+    """Give the image to the decoder as create does; return what the refusal says."""
+    with open(directory / "image", "rb") as file:
+        (directory / "image").chmod(0o644)
         try:
-            found = image.inspect(file, item.declared, corpus.LIMIT_BYTES)
-            if found.format == "raw":
-                return corpus.RAW
-            image.decode(file, found, output)
+            found = decode.decode(file, item.declared, corpus.LIMIT_BYTES, directory)
         except Error as error:
             return str(error)
-    return None
+    return corpus.RAW if found.path is None else None
 
 
 def assert_no_leak(directory: Path, *texts: str) -> None:
@@ -79,7 +77,17 @@ def test_sandbox_alone_leaks_nothing(item: corpus.Item, tmp_path: Path) -> None:
     item.build(tmp_path)
     corpus.qemu_img(tmp_path, "convert", "-f", item.leaks, "-O", "raw", "image", "stock")
     assert corpus.MARKER in (tmp_path / "stock").read_bytes(), "the attack is none"
-    with open(tmp_path / "image", "rb") as file, open(tmp_path / "output", "w+b") as output:
-        with pytest.raises(Error):
-            image.decode(file, Image(item.leaks, 4 * corpus.MIB), output)
+    (tmp_path / "image").chmod(0o644)
+    (tmp_path / "output").touch()
+    program = (
+        "import sys; sys.path.insert(0, '/tmp')\n"
+        "from lib.decoder import image\n"
+        "with open('/image', 'rb') as file, open('/output', 'r+b') as output:\n"
+        f"    image.decode(file, image.Image({item.leaks!r}, {4 * corpus.MIB}), output)\n"
+    )
+    sandbox = run.Sandbox(
+        {"/tmp/lib": ROOT / "lib", "/image": tmp_path / "image"}, {"/output": tmp_path / "output"}
+    )
+    with pytest.raises(Error):
+        run.run(["python3", "-I", "-c", program], sandbox=sandbox)
     assert_no_leak(tmp_path)

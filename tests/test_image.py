@@ -112,15 +112,6 @@ def test_decode_replaces_what_the_output_held(tmp_path: Path) -> None:
     assert decode(path, Image("qcow2", SIZE), before=b"\xff" * 2 * SIZE) == corpus.base()
 
 
-def test_decode_follows_the_descriptor_not_the_name(tmp_path: Path) -> None:
-    path = made(tmp_path, corpus.convert("qcow2"))
-    with open(path, "rb") as file, open(tmp_path / "output", "w+b") as output:
-        path.rename(tmp_path / "moved")
-        path.symlink_to("/etc/passwd")
-        image.decode(file, Image("qcow2", SIZE), output)
-    assert (tmp_path / "output").read_bytes() == corpus.base()
-
-
 @pytest.mark.parametrize(
     ("build", "claimed", "says"),
     [
@@ -133,8 +124,8 @@ def test_decode_follows_the_descriptor_not_the_name(tmp_path: Path) -> None:
             "must not be there: corrupt",
         ),
         (
-            # it names itself by the name that it has in the sandbox
-            corpus.content(corpus.descriptor("monolithicFlat", 'RW 8 FLAT "/input" 0'), size=4096),
+            # it names itself
+            corpus.content(corpus.descriptor("monolithicFlat", 'RW 8 FLAT "image" 0'), size=4096),
             Image("vmdk", 4096),
             "must not be there: create-type",
         ),
@@ -181,8 +172,8 @@ def test_a_scattered_image_has_a_map_of_any_size(tmp_path: Path) -> None:
 
 
 SHIM = """case "$*" in
-*' {stage} '*) {action} ;;
-*) exec /usr/bin/bwrap "$@" ;;
+'{stage} '*) {action} ;;
+*) exec /usr/bin/qemu-img "$@" ;;
 esac"""
 
 
@@ -197,7 +188,7 @@ esac"""
         ("convert", "kill -SEGV $$", "qemu-img was ended by SIGSEGV"),
         (
             "convert",
-            "for f in /proc/self/fd/*; do [ $f -ef {output} ] && : > $f; done; exit 0",
+            ": > {output}; exit 0",
             f"qemu-img wrote 0 bytes instead of {SIZE}; try again",
         ),
     ],
@@ -207,7 +198,7 @@ def test_a_qemu_img_gone_wrong_is_an_error(
 ) -> None:
     path = made(tmp_path, corpus.convert("qcow2"))
     action = action.replace("{output}", str(path.with_name("output")))
-    tool("bwrap", SHIM.replace("{stage}", stage).replace("{action}", action))
+    tool("qemu-img", SHIM.replace("{stage}", stage).replace("{action}", action))
     with pytest.raises(Error) as caught:
         decode(path, Image("qcow2", SIZE))
     assert str(caught.value) == f"decoding the qcow2 image: {says}"
@@ -219,7 +210,7 @@ def test_a_failed_check_ends_the_decoding(tmp_path: Path, tool: Callable[[str, s
     shim = SHIM.replace("{stage}", "convert").replace(
         "{action}", f"echo $$ > {tmp_path}/pid; sleep 99"
     )
-    tool("bwrap", shim.replace("*) exec", "*' check '*) sleep 0.3; exit 1 ;;\n*) exec"))
+    tool("qemu-img", shim.replace("*) exec", "'check '*) sleep 0.3; exit 1 ;;\n*) exec"))
     with pytest.raises(Error, match="qemu-img failed with status 1"):
         decode(path, Image("qcow2", SIZE))
     with pytest.raises(ProcessLookupError):

@@ -166,8 +166,7 @@ def test_bad_gzip_vendor_data(tmp_path: Path) -> None:
     with pytest.raises(Error) as raised:
         write(tmp_path, vendor_data=good[:-9])
     assert str(raised.value) == (
-        "vendor_data is damaged gzip data: Compressed file ended before the end-of-stream marker"
-        " was reached; compress it again"
+        "vendor_data is damaged gzip data: it is cut short; compress it again"
     )
     with pytest.raises(Error) as raised:
         write(tmp_path, vendor_data=gzip.compress(bytes(33 << 20)))

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 
 import pytest
 
-from lib.decoder import unpack
+from lib import compression
 from lib.disk import target as disk
 from lib.disk import transfer
 from lib.environment import Disk
@@ -133,8 +133,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a dump as the import door does."""
     require("bwrap", "prlimit")
     with open(path, "rb") as file:
-        kind = unpack.detect(file.read(512))
-        with unpack.decompressed(file, kind) as raw:
+        kind = compression.detect(file.read(512))
+        with compression.decompressed(file, kind) as raw:
             yield raw
 
 

@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Optional
 from xml.etree import ElementTree
 
 from lib import log
@@ -16,8 +16,17 @@ from lib.errors import Error
 
 SIDE_BYTES = 1 << 20  # what is larger is no side file, no extension header, no padding
 _BLOCK_BYTES = 512
+BESIDE_BYTES = 8 << 30  # of all that lies beside the disk, large files too
 _MAX_HEADERS = 100  # and as many side files in memory at most
+_MAX_EXTENSION_BYTES = 4 << 20  # of all extension headers together
 _MAX_SEGMENTS = 1 << 18
+_MANIFEST_LINES = 1000
+_PIXZ_INDEX = 0xDBAE14D62E324CA6.to_bytes(8, "little")  # pixz.h: its index of files, behind the tar
+# what lies beside the one disk, however large
+_SIDE_SUFFIXES = (
+    *(".asc", ".cert", ".iso", ".json", ".log", ".md", ".mf", ".nvram", ".ovf", ".sig", ".txt"),
+    *(".html", ".pdf", ".xml", "readme", "license", "copying", "changelog"),
+)
 _DISK_SUFFIXES = (".img", ".qcow2", ".raw", ".vdi", ".vhd", ".vhdx", ".vmdk")
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,200})=")
 _MANIFEST_LINE = re.compile(rb"(SHA1|SHA256|SHA512) ?\((.+)\) ?= ?([0-9a-fA-F]+)")
@@ -33,8 +42,14 @@ class Member:
 
     @property
     def is_disk(self) -> bool:
-        """Whether its name says so, or else its size: small files lie beside the disk."""
-        return self.size_bytes > SIDE_BYTES or self.name.lower().endswith(_DISK_SUFFIXES)
+        """Whether its name says so, or else its size: small files lie beside the disk.
+
+        macOS puts a member "._NAME" of attributes beside each NAME.
+        """
+        name = self.name.lower()
+        if name.endswith(_SIDE_SUFFIXES) or name.rpartition("/")[2].startswith("._"):
+            return False
+        return self.size_bytes > SIDE_BYTES or name.endswith(_DISK_SUFFIXES)
 
 
 def cut() -> Error:
@@ -60,9 +75,11 @@ def members(stream: BinaryIO, block: bytes) -> Iterator[Member]:
     header, read before. Formats: POSIX pax(1), GNU tar's manual, "Tar Internals".
     """
     said: dict[str, str] = {}  # by extension headers, of the next member
+    extension_bytes = 0
     for _ in range(_MAX_HEADERS):
         if not block.strip(b"\0"):
-            if stream.read(SIDE_BYTES + 1).strip(b"\0"):
+            rest = stream.read(SIDE_BYTES + 1).strip(b"\0")
+            if rest and not (rest.startswith(_PIXZ_INDEX) and len(rest) < SIDE_BYTES):
                 raise Error("there is data behind the end of the archive")
             return
         try:
@@ -71,7 +88,11 @@ def members(stream: BinaryIO, block: bytes) -> Iterator[Member]:
             raise _damaged(str(error)) from error
         stored = _decimal(str(header.size))
         if header.type in (b"x", b"g", b"L"):
+            extension_bytes += stored
             said.update(_extension(stream, header.type, stored))
+            if extension_bytes > _MAX_EXTENSION_BYTES:
+                size = log.size(_MAX_EXTENSION_BYTES)
+                raise _damaged(f"it has more than {size} of extension headers")
         else:
             stored = _decimal(said.get("size", str(stored)))
             name = said.get("GNU.sparse.name", said.get("path", header.name))
@@ -138,17 +159,16 @@ def _layout(
 def _gnu_segments(stream: BinaryIO, block: bytes) -> list[tuple[int, int]]:
     """Read the sparse map in a header, 4 entries, and in the blocks behind it, 21 each."""
     fields, more, segments = block[386:482], block[482], []
-    while True:
+    for _ in range(_MAX_SEGMENTS // 21):
         for start in range(0, len(fields), 24):
             if fields[start]:
                 entry = fields[start : start + 24]
                 segments.append((_number(entry[:12]), _number(entry[12:])))
         if not more:
             return segments
-        if len(segments) > _MAX_SEGMENTS:
-            raise _damaged(f"a sparse map of more than {_MAX_SEGMENTS} entries")
         block = _read(stream, _BLOCK_BYTES)
         fields, more = block[:504], block[504]
+    raise _damaged(f"a sparse map of more than {_MAX_SEGMENTS} entries")
 
 
 def _pax_segments(stream: BinaryIO) -> tuple[list[tuple[int, int]], int]:
@@ -181,7 +201,7 @@ def _number(field: bytes) -> int:
     return int(digits, 8)
 
 
-def check_ova(side: Mapping[str, bytes], disk: str, output: BinaryIO) -> None:
+def check_ova(side: Mapping[str, Optional[bytes]], disk: str, output: BinaryIO) -> None:
     """Raise an Error unless an OVA's descriptor and manifest (DMTF DSP0243) speak for the disk.
 
     side: the archive's other files. Without a descriptor it is a plain archive.
@@ -192,7 +212,7 @@ def check_ova(side: Mapping[str, bytes], disk: str, output: BinaryIO) -> None:
     if len(descriptors) > 1:
         names = f"{descriptors[0]!r} and {descriptors[1]!r}"
         raise Error(f"the archive holds two descriptors, {names}", "repack it with one")
-    reference = _disk_reference(side[descriptors[0]])
+    reference = _disk_reference(side[descriptors[0]] or b"")
     if reference != disk:
         raise Error(f"the OVA's descriptor is about {reference!r}, the disk in it is {disk!r}")
     for name in side:
@@ -227,18 +247,28 @@ def _disk_reference(descriptor: bytes) -> str:
 
 
 def _check_manifest(
-    side: Mapping[str, bytes], manifest: str, disk: str, output: BinaryIO
+    side: Mapping[str, Optional[bytes]], manifest: str, disk: str, output: BinaryIO
 ) -> Iterator[str]:
     """Yield the names of the files whose digests in the manifest are right."""
-    for line in filter(None, map(bytes.strip, side[manifest].splitlines())):
+    lines = [line.strip() for line in (side[manifest] or b"").splitlines() if line.strip()]
+    if len(lines) > _MANIFEST_LINES:
+        raise Error(f"the OVA's manifest has more than {_MANIFEST_LINES} lines")
+    digests: dict[tuple[str, str], str] = {}  # each file is hashed once
+    for line in lines:
         match = _MANIFEST_LINE.fullmatch(line)
         if match is None:
             raise Error(f"the OVA's manifest has a line that is no digest: {line[:80]!r}")
         name = match[2].decode("utf-8", "backslashreplace")
         if name != disk and name not in side:
             raise Error(f"the OVA's manifest has a digest of {name!r}, which is not in it")
-        file = output if name == disk else io.BytesIO(side[name])
-        if _digest(match[1].decode(), file) != match[3].decode().lower():
+        content = side.get(name)
+        if name != disk and content is None:
+            continue  # too large to be kept: nothing is read of it
+        file = output if content is None else io.BytesIO(content)
+        key = (match[1].decode(), name)
+        if key not in digests:
+            digests[key] = _digest(key[0], file)
+        if digests[key] != match[3].decode().lower():
             raise Error(f"the OVA's manifest has another digest of {name!r}", "download it again")
         yield name
 

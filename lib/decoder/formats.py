@@ -21,6 +21,7 @@ from typing import Any
 from lib.decoder.magic import CONVERT, DECRYPT, SECTOR, Read
 from lib.errors import Error
 
+_TABLE_BYTES = 64 << 20  # qemu's own limit on an L1 table is half of it
 _DAMAGED = "fetch it again; its source may be damaged"
 
 
@@ -46,6 +47,8 @@ def _impossible() -> Error:
 
 def _table(read: Read, offset: int, entries: int, code: str, byteorder: str) -> array[int]:
     table = array(code)
+    if entries * table.itemsize > _TABLE_BYTES:
+        raise Error(f"has a table of more than {_TABLE_BYTES >> 20} MiB", "use larger clusters")
     table.frombytes(_read(read, offset, entries * table.itemsize))
     if byteorder != sys.byteorder:
         table.byteswap()
@@ -200,6 +203,8 @@ def _vmdk_descriptor(data: bytes) -> None:
             extents += 1
         elif line.strip() and not line.startswith("#"):
             raise Error("has an extent or a line in its descriptor that is not accepted", CONVERT)
+    if not text.strip():
+        raise Error("is an extent without its descriptor", CONVERT)
     if "parentfilenamehint" in text.lower() or keys.get("parentcid", "").lower() != "ffffffff":
         raise Error("has a parent", CONVERT)
     if extents != 1:

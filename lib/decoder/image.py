@@ -1,8 +1,4 @@
-"""Image files: which format they have, whether that format is safe to decode, and the decoding.
-
-Root only looks at headers (magic, formats); qemu-img, which parses the rest, runs in the
-sandbox.
-"""
+"""Image files: which format they have, whether that format is safe to decode, and the decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import os
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, BinaryIO
 
 from lib import errors, log, run
@@ -123,29 +119,21 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
     """Decode `file`, which inspect() found to be `image` and not raw, into the file `output`.
 
     output becomes a sparse raw file of exactly the virtual size; whatever it held is gone. Error
-    if qemu-img sees another image than inspect() did, or finds it damaged. Both must have a name
-    in a directory, as the sandbox binds them; it is of no account which.
+    if qemu-img sees another image than inspect() did, or finds it damaged. qemu-img opens both
+    by their names.
     """
     virtual = image.virtual_size_bytes
     with errors.context(f"decoding the {image.format} image"):
         os.ftruncate(output.fileno(), 0)
         os.ftruncate(output.fileno(), virtual)
-        limits = _limits(virtual)
-        source = run.Sandbox(read={"/input": file.fileno()}, limits=limits)
-        target = replace(
-            source,
-            write={"/output": output.fileno()},
-            limits=replace(limits, file_size_bytes=virtual),
-        )
-        info = _qemu_img(image, "info", "--output=json")
-        _agree(image, run.run(info, sandbox=source, silent=True))
+        name = str(file.name)
+        _agree(image, run.run(_qemu_img(image, name, "info", "--output=json"), silent=True))
         # the checks read the image while it is decoded: nobody uses the output before all are done
-        convert = [*_qemu_img(image, *_CONVERT), "/output"]
-        converting = run.reader(convert, sandbox=target, silent=True)
-        extents = _qemu_img(image, "map", "--output=json")
-        mapping = run.reader(extents, sandbox=source, silent=True)
+        convert = [*_qemu_img(image, name, *_CONVERT), str(output.name)]
+        converting = run.reader(convert, silent=True)
+        mapping = run.reader(_qemu_img(image, name, "map", "--output=json"), silent=True)
         with converting as nothing, mapping as lines:
-            run.run(_qemu_img(image, "check", "-q"), sandbox=source, accept=_CHECKED)
+            run.run(_qemu_img(image, name, "check", "-q"), accept=_CHECKED)
             _check_extents(lines, os.fstat(file.fileno()).st_size)
             # write behind: decompression is the limit, so the disk has time, and whoever makes the
             # file last finds little left to do
@@ -154,37 +142,25 @@ def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
         read, size = _reader(output)
         if size != virtual:
             raise Error(f"qemu-img wrote {size} bytes instead of {virtual}", "try again")
-        hidden = magic.look(read, size).names
-        if hidden:
+        look = magic.look(read, size)
+        if look.names:
             raise Error(
-                f"the disk inside is {' and '.join(hidden)} again",
+                f"the disk inside is {' and '.join(look.names)} again",
                 "give an image that is complete after one decoding",
             )
 
 
-def _limits(virtual_size_bytes: int) -> run.Limits:
-    """Bound qemu-img by the work there is.
-
-    Address space: twice what it was seen to take (455 MiB: a stack for each of its threads).
-    CPU: a tenth of the pace of zlib, the slowest (300 MiB/s). Wall clock: a slow disk.
-    """
-    return run.Limits(
-        address_space_bytes=1 << 30,
-        cpu_s=60 + virtual_size_bytes // (32 << 20),
-        wall_s=120 + virtual_size_bytes / (8 << 20),
-    )
-
-
-def _qemu_img(image: Image, *command: str) -> list[str]:
+def _qemu_img(image: Image, name: str, *command: str) -> list[str]:
     """Return the argv that reads the input; format and file are named, so that nothing is guessed.
 
     A vpc image is as large as its footer says: left alone, qemu goes by the CHS geometry if the
     creator is not known to it (VirtualBox), and the disk's end is lost.
     """
     if image.format == "vpc":
-        options = "driver=vpc,force_size_calc=current_size,file.driver=file,file.filename=/input"
-        return ["qemu-img", *command, "--image-opts", options]
-    return ["qemu-img", *command, "-f", image.format, "/input"]
+        options = "driver=vpc,force_size_calc=current_size,file.driver=file"
+        name = name.replace(",", ",,")  # qemu's own escape
+        return ["qemu-img", *command, "--image-opts", f"{options},file.filename={name}"]
+    return ["qemu-img", *command, "-f", image.format, name]
 
 
 @contextmanager

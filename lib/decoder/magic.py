@@ -49,12 +49,17 @@ _FOREIGN = (
     ("a Bochs disk", 0, b"Bochs Virtual HD Image", CONVERT),
     ("a DMG disk", -SECTOR, b"koly", CONVERT),
     ("a VMware ESX sparse disk (COWD)", 0, b"COWD", CONVERT),
+    ("a VMware seSparse disk", 0, b"\xbe\xba\xfe\xca\0\0\0\0", CONVERT),
+    ("a Proxmox VMA archive", 0, b"VMA\0", "extract the disk with vma"),
     ("an Android sparse image", 0, b"\x3a\xff\x26\xed", "convert it with simg2img"),
     ("a gzip file", 0, b"\x1f\x8b", _UNPACK),
     ("an xz file", 0, b"\xfd7zXZ\0", _UNPACK),
     ("a zstd file", 0, b"\x28\xb5\x2f\xfd", _UNPACK),
     ("a bzip2 file", 0, b"BZh", _UNPACK),
     ("an lz4 file", 0, b"\x04\x22\x4d\x18", _UNPACK),
+    ("an lz4 file of the legacy format", 0, b"\x02\x21\x4c\x18", "pack it again with lz4 -9"),
+    ("an lzma file of the old format", 0, b"\x5d\0\0", "pack it again with xz"),
+    ("an lzip file", 0, b"LZIP", "pack it again with xz"),
     ("a tar archive", 257, b"ustar", _UNPACK),
     ("a zip archive", 0, b"PK\x03\x04", _UNPACK),
     ("a 7-Zip archive", 0, b"7z\xbc\xaf\x27\x1c", _UNPACK),
@@ -101,12 +106,22 @@ def look(read: Read, size: int) -> Look:
     if "qcow2" in names:
         del foreign[_FOREIGN[0][0]]
     foreign.update(_text(head))
+    if _is_old_tar(head[:SECTOR]):
+        foreign["a tar archive of the v7 format"] = "pack it again with tar --format=gnu"
     return Look(
         tuple(names),
         tuple(foreign.items()),
         tuple(name for name, offset, magic in _DISKS if has(offset, magic)),
         any(offset >= 0 for _name, offset in containers),
     )
+
+
+def _is_old_tar(block: bytes) -> bool:
+    """Know the format without a magic by its checksum, 6 octal digits over the whole header."""
+    digits = block[148:156].strip(b"\0 ")
+    if len(block) < SECTOR or not re.fullmatch(b"[0-7]{4,6}", digits) or block[257:262] == b"ustar":
+        return False
+    return int(digits, 8) == sum(block) - sum(block[148:156]) + 8 * 32
 
 
 def _text(head: bytes) -> dict[str, str]:

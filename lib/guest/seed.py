@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -122,7 +120,7 @@ def _with_machine_id(vendor_data: bytes) -> bytes:
 def _recompressed(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
     """Return `data` changed; what came compressed stays so."""
     if data[:2] == b"\x1f\x8b":
-        return gzip.compress(change(_gunzip(data)), mtime=0)
+        return _gzip(change(_gunzip(data)))
     return change(data)
 
 
@@ -146,17 +144,25 @@ def _multipart(*parts: bytes) -> bytes:
 
 
 def _gunzip(data: bytes) -> bytes:
+    """Unpack what the user gave compressed: the bytes are the administrator's own."""
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            text = file.read(MAX_VOLUME_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
+        text = unpacker.decompress(data, MAX_VOLUME_BYTES + 1)
+    except zlib.error as error:
         raise Error(f"vendor_data is damaged gzip data: {error}", "compress it again") from error
     if len(text) > MAX_VOLUME_BYTES:
         raise Error(
             f"vendor_data is more than {log.size(MAX_VOLUME_BYTES)} when unpacked",
             "let it fetch what is large",
         )
+    if not unpacker.eof:
+        raise Error("vendor_data is damaged gzip data: it is cut short", "compress it again")
     return text
+
+
+def _gzip(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    return packer.compress(data) + packer.flush()
 
 
 def volume(directory: Path, size_bytes: int, output: Path) -> None:
@@ -178,8 +184,9 @@ def volume(directory: Path, size_bytes: int, output: Path) -> None:
         )
     for path in files.values():
         os.utime(path, (_FAT_EPOCH_S, _FAT_EPOCH_S))
+        path.chmod(0o644)  # for mcopy in the sandbox; the folder is private
     # in the sandbox no mtools.conf of the node and no MTOOLS_ variable can change what is written
-    inside = {f"/seed/{name}": path for name, path in files.items()}
+    inside = {f"/tmp/{name}": path for name, path in files.items()}
     sandbox = run.Sandbox(read=inside, write={"/volume": output}, limits=_LIMITS)
     run.run(["mcopy", "-m", "-i", "/volume", *inside, "::/"], sandbox=sandbox)
 
@@ -225,6 +232,7 @@ def read_volume(volume: Path) -> dict[str, bytes]:
     and names that volume() would not write are left out.
     """
     run.require("bwrap", "mcopy", "mdir")
+    volume.chmod(0o644)  # for the sandbox; its folder is private
     sandbox = run.Sandbox(read={"/volume": volume}, limits=_LIMITS)
     files: dict[str, bytes] = {}
     room = MAX_VOLUME_BYTES

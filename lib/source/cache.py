@@ -36,7 +36,7 @@ from lib.errors import Error, context, describe
 
 # Raise this when the checks of downloads or images get stronger: what was let in by the weaker
 # ones must not be used again.
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 
 FALLBACK = "/var/tmp"
 SAFE = "let nobody but root write there, or change dir in [cache] of cloudimage.conf"
@@ -115,6 +115,13 @@ class Cache:
                 file, note = self._refreshed(name, refresh, work)
         with file:
             yield Entry(file, os.fstat(file.fileno()).st_size, note)
+
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """Make a private folder where the images are, for the block only."""
+        self._make_directory()
+        with tempfile.TemporaryDirectory(prefix="tmp.", dir=self.directory) as folder:
+            yield Path(folder)
 
     def entries(self) -> list[Stored]:
         """List what is cached, the least recently used first; Error if the directory is unsafe."""

@@ -130,6 +130,7 @@ def _verify(data: Union[bytes, int], signature: Optional[bytes], keyring: Path) 
         paths = {f"/{key}": Path(name, key) for key in files}
         for path in paths.values():
             path.write_bytes(files[path.name])
+            path.chmod(0o644)  # for the sandbox; the folder is private
         payload = paths.pop("/payload")
         status = run.run(
             [

@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
 from lib import log, run
-from lib.decoder import image, unpack
 from lib.errors import context
 from lib.settings.config import Config
 from lib.settings.params import Job
 from lib.settings.values import Digest, Location
-from lib.source import cache, checksum, fetch, locations
+from lib.source import cache, checksum, decode, fetch, locations
 
 LIST_LIMIT_BYTES = 1 << 20
+
+
+class _RawAlready(Exception):
+    """A local image is a raw one: it is used as it is, and nothing is kept of it."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(size_bytes)
+        self.size_bytes = size_bytes
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,16 @@ def raw_image(job: Job) -> Iterator[Raw]:
             key, refresh = _remote_key(job, url), partial(_refresh, job, url)
         else:
             file = stack.enter_context(locations.open_image(job, source.path))
+            if not _is_roots(file):
+                file = stack.enter_context(_private_copy(job, file))
             _check_local(job, file)
-            if unpack.detect(os.pread(file.fileno(), 512, 0)) is None:
-                with context(f"looking at {source}"):
-                    found = image.inspect(file, job.format, job.config.image_max_virtual_size)
-                if found.format == "raw":
-                    yield Raw(file, found.virtual_size_bytes)
-                    return
             key, refresh = _local_key(job, file), partial(_refresh_local, job, file)
-        entry = stack.enter_context(store(job.config).entry(key, refresh))
-        yield Raw(entry.file, entry.size_bytes)
+        try:
+            entry = stack.enter_context(store(job.config).entry(key, refresh))
+        except _RawAlready as raw:
+            yield Raw(file, raw.size_bytes)
+        else:
+            yield Raw(entry.file, entry.size_bytes)
 
 
 # --- what is expected ------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def _fetch(
         _check_signature(job, file)
         if known is not None and known["digests"] == response.digests:
             return None  # a server without validators sent the same again
-        raw = _decoded(job, file, path, work)
+    raw = _decoded_download(job, path, work)
     return raw, {
         "url": log.redact(_bare(url)),
         "digests": dict(response.digests),
@@ -201,40 +208,48 @@ def _refresh_local(
     """Decode a local image; its key says all that could make an entry stale."""
     if old is not None:
         return None
-    raw = _decoded(job, file, None, work)
-    return raw, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
+    raw = _decoded(job, file, work)
+    if raw.path is None:
+        raise _RawAlready(raw.size_bytes)
+    return raw.path, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
+
+
+def _is_roots(file: BinaryIO) -> bool:
+    """Whether nobody but root can change the file between the look at it and its use."""
+    status = os.fstat(file.fileno())
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+@contextmanager
+def _private_copy(job: Job, file: BinaryIO) -> Iterator[BinaryIO]:
+    """Hand out a copy that only root can change, for as long as the block lasts."""
+    with ExitStack() as stack:
+        work = stack.enter_context(store(job.config).workspace())
+        with (work / "copy").open("xb") as copy:
+            decode.copy_file(file, copy)
+        yield stack.enter_context((work / "copy").open("rb"))
 
 
 # --- decoding --------------------------------------------------------------------------------
 
 
-def _decoded(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path:
-    """Return a sparse raw file in `work`; `path` is that of `file` if it may be used up."""
-    limit = job.config.image_max_virtual_size
+def _decoded(job: Job, file: BinaryIO, work: Path) -> decode.Decoded:
+    """Let the decoder make a sparse raw file of an image, open for reading only."""
     with context(f"decoding {job.source()}"):
-        if unpack.detect(os.pread(file.fileno(), 512, 0)) is not None:
-            unpacked = work / "unpacked"
-            with unpacked.open("w+b") as output:
-                unpack.unpack(file, output, limit)
-                if path is not None:
-                    path.unlink()
-                return _decoded_image(job, output, unpacked, work)
-        raw = _decoded_image(job, file, path, work)
-        if raw == path:  # a download has its zeroes written out
-            run.run(["fallocate", "--dig-holes", os.fspath(raw)])
-        return raw
+        return decode.decode(file, job.format, job.config.image_max_virtual_size, work)
 
 
-def _decoded_image(job: Job, file: BinaryIO, path: Optional[Path], work: Path) -> Path:
-    found = image.inspect(file, job.format, job.config.image_max_virtual_size)
-    if found.format == "raw" and path is not None:
+def _decoded_download(job: Job, path: Path, work: Path) -> Path:
+    """Return the raw image that a download holds or is."""
+    path.chmod(0o644)  # for the sandbox; the folder is private
+    with path.open("rb") as file:
+        decoded = _decoded(job, file, work)
+    if decoded.path is None:
+        path.chmod(0o600)
+        run.run(["fallocate", "--dig-holes", os.fspath(path)])  # it has its zeroes written out
         return path
-    raw = work / "raw"
-    with raw.open("w+b") as output:
-        image.decode(file, found, output)
-    if path is not None:
-        path.unlink()
-    return raw
+    path.unlink()
+    return decoded.path
 
 
 def _now() -> str:

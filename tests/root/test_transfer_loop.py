@@ -11,8 +11,7 @@ from typing import BinaryIO
 
 import pytest
 
-from lib import run
-from lib.decoder import unpack
+from lib import compression, run
 from lib.disk import target as disk
 from lib.disk import transfer
 from lib.environment import Disk
@@ -44,7 +43,7 @@ def device(backing: Path) -> Iterator[disk.Target]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "rb") as file, unpack.decompressed(file, "zst") as raw:
+    with open(path, "rb") as file, compression.decompressed(file, "zst") as raw:
         yield raw
 
 
