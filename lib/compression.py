@@ -128,6 +128,9 @@ def _joined(source: BinaryIO, head: bytes, for_python: bool) -> Iterator[BinaryI
             os.lseek(source.fileno(), 0, os.SEEK_SET)
         yield source
         return
+    if isinstance(source, io.FileIO) and source.readable() and not head:  # nothing was read of it
+        yield open(source.fileno(), "rb", closefd=False) if for_python else source
+        return
     if isinstance(source, io.BufferedReader):
         head += source.peek()  # Python's own read-ahead, which a child cannot see
     read_end, write_end = os.pipe()

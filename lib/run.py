@@ -20,6 +20,7 @@ from lib import log
 from lib.errors import Error
 
 STDOUT = subprocess.STDOUT  # for callers, who do not import subprocess
+Process = subprocess.Popen
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # glibc's arenas, one a thread, would burst a sandbox's limit on the address space
 ENVIRONMENT = {"LC_ALL": "C", "MALLOC_ARENA_MAX": "3"}
@@ -332,6 +333,7 @@ def reader(
     environment: Optional[Mapping[str, str]] = None,
     sandbox: Optional[Sandbox] = None,
     descriptors: Sequence[int] = (),
+    accept: Sequence[int] = (0,),
     silent: bool = False,
 ) -> Iterator[IO[bytes]]:
     """Start `argv` and hand out its standard output; on leaving, Error if the program failed.
@@ -354,4 +356,4 @@ def reader(
                 yield child.stdout
                 child.wait()
         err.seek(0)
-        _judge(argv[0], child.returncode, err.read(1 << 16), (0,), silent)
+        _judge(argv[0], child.returncode, err.read(1 << 16), accept, silent)

@@ -10,11 +10,12 @@ import tarfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional, Union
+from typing import BinaryIO, Optional, Union
 
 import pytest
 
 from lib.decoder import unpack
+from lib.decoder.source import Source
 from lib.errors import Error
 from tests.conftest import require
 
@@ -36,10 +37,14 @@ def sparse(tmp_path: Path) -> Path:
     return folder
 
 
+def whole(source: BinaryIO) -> Source:
+    return Source(source.fileno(), os.fstat(source.fileno()).st_size)
+
+
 def unpacked(tmp_path: Path, packed: bytes) -> bytes:
     (tmp_path / "packed").write_bytes(packed)
     with (tmp_path / "packed").open("rb") as source, (tmp_path / "out").open("w+b") as output:
-        unpack.unpack(source, source.read(512), output, LIMIT)
+        unpack.unpack(whole(source), output, LIMIT)
     return (tmp_path / "out").read_bytes()
 
 

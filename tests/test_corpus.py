@@ -10,27 +10,25 @@ import pytest
 
 from lib import run
 from lib.errors import Error
-from lib.source import decode
 from tests import corpus
 from tests.conftest import ROOT, require
+from tests.decoding import decoded
 
 SECONDS = 20.0  # of a busy machine; what hangs, hangs for ever
 
 
 def meet(directory: Path, item: corpus.Item) -> Optional[str]:
-    """Give the image to the decoder as create does; return what the refusal says."""
-    with open(directory / "image", "rb") as file:
-        (directory / "image").chmod(0o644)
-        try:
-            found = decode.decode(file, item.declared, corpus.LIMIT_BYTES, directory)
-        except Error as error:
-            return str(error)
-    return corpus.RAW if found.path is None else None
+    """Decode the image as create does; return what the refusal says."""
+    try:
+        output = decoded(directory / "image", item.declared, corpus.LIMIT_BYTES)
+    except Error as error:
+        return str(error)
+    return corpus.RAW if output is None else None
 
 
 def assert_no_leak(directory: Path, *texts: str) -> None:
     """The secret of the node is neither in the decoded disk nor in what anybody reads."""
-    output = directory / "output"
+    output = directory / "decoded/output"
     if output.stat().st_size <= 64 * corpus.MIB:
         assert corpus.MARKER not in output.read_bytes()
     for text in texts:
@@ -46,8 +44,8 @@ def test_good(item: corpus.Item, tmp_path: Path, capfd: pytest.CaptureFixture[st
     item.build(tmp_path)
     assert meet(tmp_path, item) == item.verdict
     if item.verdict is None:
-        assert (tmp_path / "output").read_bytes() == corpus.base()
-        assert (tmp_path / "output").stat().st_blocks * 512 < 2 * corpus.MIB
+        assert (tmp_path / "decoded/output").read_bytes() == corpus.base()
+        assert (tmp_path / "decoded/output").stat().st_blocks * 512 < 2 * corpus.MIB
     assert capfd.readouterr() == ("", "")
 
 
@@ -77,17 +75,17 @@ def test_sandbox_alone_leaks_nothing(item: corpus.Item, tmp_path: Path) -> None:
     item.build(tmp_path)
     corpus.qemu_img(tmp_path, "convert", "-f", item.leaks, "-O", "raw", "image", "stock")
     assert corpus.MARKER in (tmp_path / "stock").read_bytes(), "the attack is none"
-    (tmp_path / "image").chmod(0o644)
-    (tmp_path / "output").touch()
     program = (
         "import sys; sys.path.insert(0, '/tmp')\n"
-        "from lib.decoder import image\n"
-        "with open('/image', 'rb') as file, open('/output', 'r+b') as output:\n"
-        f"    image.decode(file, image.Image({item.leaks!r}, {4 * corpus.MIB}), output)\n"
+        "from pathlib import Path\n"
+        "from lib.decoder import image, source\n"
+        f"given = source.Source(0, {(tmp_path / 'image').stat().st_size})\n"
+        f"found = image.Image({item.leaks!r}, {4 * corpus.MIB})\n"
+        "image.decode(given, found, Path('/output'))\n"
     )
-    sandbox = run.Sandbox(
-        {"/tmp/lib": ROOT / "lib", "/image": tmp_path / "image"}, {"/output": tmp_path / "output"}
-    )
-    with pytest.raises(Error):
-        run.run(["python3", "-I", "-c", program], sandbox=sandbox)
+    (tmp_path / "decoded").mkdir()
+    (tmp_path / "decoded/output").touch()
+    sandbox = run.Sandbox({"/tmp/lib": ROOT / "lib"}, {"/output": tmp_path / "decoded/output"})
+    with (tmp_path / "image").open("rb") as file, pytest.raises(Error):
+        run.run(["python3", "-I", "-c", program], stdin=file, sandbox=sandbox)
     assert_no_leak(tmp_path)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.decoder import image
+from lib.decoder.source import Source
 from lib.errors import Error
 from tests import corpus
 
@@ -94,7 +95,8 @@ def answer(descriptor: int, declared: str) -> None:
     """Let inspect() answer; whatever it says is a line of printable ASCII."""
     with open(descriptor, "rb", closefd=False) as file:
         try:
-            found = image.inspect(file, declared, LIMIT)
+            source = Source(file.fileno(), os.fstat(descriptor).st_size)
+            found = image.inspect(source, declared, LIMIT)
         except Error as error:
             said = str(error)
             assert said.isascii() and said.isprintable()

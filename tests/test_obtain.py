@@ -30,9 +30,9 @@ class Node:
         self.variant = ""
         self.configure("")
 
-    def configure(self, text: str) -> None:
+    def configure(self, text: str, retries: int = 0) -> None:
         """Write cloudimage.conf; a second's pause between retries would be a second of the test."""
-        conf = f"[cache]\ndir = {self.cache}\n[http]\nretries = 0\n{text}"
+        conf = f"[cache]\ndir = {self.cache}\n[http]\nretries = {retries}\n{text}"
         (self.folder / "cloudimage.conf").write_text(conf)
 
     def trust(self, keyring: Path) -> None:
@@ -420,3 +420,37 @@ def test_ten_at_once(tmp_path: Path, images: tuple[Path, Path]) -> None:
     assert len(list(door.cache.glob("*.raw"))) == 1
     data = images[0].read_bytes()
     assert all(disk.read_bytes()[1 << 20 : len(data)] == data[1 << 20 :] for disk in disks)
+
+
+# --- decoding while the download comes -------------------------------------------------------
+
+
+def test_a_restart_of_the_download_restarts_the_decoder(
+    node: Node, images: tuple[Path, Path]
+) -> None:
+    """Another image comes at the second attempt, and nothing of the first is left in it."""
+    old, new = (convert(path, "qcow2").read_bytes() for path in images)
+    cut = httpd.content(old, etag=None, cut=len(old) // 2)
+    with httpd.serve({"/image": httpd.sequence(cut, httpd.content(new, etag=None))}) as server:
+        node.configure("", retries=2)
+        assert node.image(server.url("/image")) == images[1].read_bytes()
+        assert server.count("/image") == 2
+
+
+def test_a_download_that_goes_on_is_decoded_on(node: Node, images: tuple[Path, Path]) -> None:
+    data = convert(images[0], "qcow2").read_bytes()
+    parts = httpd.sequence(httpd.content(data, cut=len(data) // 2), httpd.content(data))
+    with httpd.serve({"/image": parts}) as server:
+        node.configure("", retries=2)
+        assert node.image(server.url("/image")) == images[0].read_bytes()
+        assert [seen.headers["Range"] is None for seen in server.seen] == [True, False]
+
+
+def test_what_was_decoded_is_not_kept_without_its_digest(
+    node: Node, images: tuple[Path, Path]
+) -> None:
+    data = convert(images[0], "qcow2").read_bytes()
+    with httpd.serve({"/image": httpd.content(data)}) as server:
+        with pytest.raises(Error, match="its sha256 is "):
+            node.image(server.url("/image"), checksum="sha256:" + "0" * 64)
+    assert [path for path in node.cache.iterdir() if path.suffix != ".lock"] == []

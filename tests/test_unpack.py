@@ -19,6 +19,7 @@ import pytest
 
 from lib import compression
 from lib.decoder import unpack
+from lib.decoder.source import Source
 from lib.errors import Error
 from tests.conftest import require
 
@@ -42,10 +43,14 @@ def pack(data: bytes, *argv: str) -> bytes:
     return subprocess.run(argv, input=data, capture_output=True, check=True).stdout
 
 
+def whole(source: BinaryIO) -> Source:
+    return Source(source.fileno(), os.fstat(source.fileno()).st_size)
+
+
 def unpacked(tmp_path: Path, packed: bytes, limit_bytes: int = LIMIT) -> bytes:
     (tmp_path / "packed").write_bytes(packed)
     with (tmp_path / "packed").open("rb") as source, (tmp_path / "out").open("w+b") as output:
-        unpack.unpack(source, source.read(512), output, limit_bytes)
+        unpack.unpack(whole(source), output, limit_bytes)
         assert output.tell() == 0
     return (tmp_path / "out").read_bytes()
 
@@ -115,7 +120,7 @@ def test_memory_is_constant(tmp_path: Path) -> None:
     try:
         (tmp_path / "packed").write_bytes(packed)
         with (tmp_path / "packed").open("rb") as source, (tmp_path / "out").open("w+b") as output:
-            unpack.unpack(source, source.read(512), output, LIMIT)
+            unpack.unpack(whole(source), output, LIMIT)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()

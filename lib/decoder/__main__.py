@@ -1,67 +1,74 @@
 """The program that understands images, for the sandbox: bytes in, a raw file and one line out.
 
-Standard input is the image, a file or a pipe; a file also has the name INPUT, for qemu-img. The
-line is a JSON object: either `error` and `hint`, or `format`, `size_bytes`, `layers` and `where`
-the raw image is: "input" (it is one), "scratch", "output", or "copy": nothing was done, as INPUT
-cannot be opened.
+Standard input is the image, a file that may still grow. The line is a JSON object: either `error`
+and `hint`, or `format`, `size_bytes`, `layers` and `where` the raw image is: "input" (it is one),
+"scratch" or "output".
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # -I leaves it out
 
 from lib.compression import HEAD_BYTES, detect
 from lib.decoder import image, unpack
+from lib.decoder.image import Image
+from lib.decoder.source import Source
 from lib.errors import Error, describe
 
-INPUT, SCRATCH, OUTPUT = "/input", "/scratch", "/output"
+SCRATCH, OUTPUT = Path("/scratch"), Path("/output")
 
 
-def decode(declared: str, limit_bytes: int) -> dict[str, Any]:
+def decode(source: Source, declared: str, limit_bytes: int) -> dict[str, Any]:
     """Decode the input; return the verdict."""
-    source: BinaryIO = sys.stdin.buffer
-    head = source.read(HEAD_BYTES)
     layers: list[str] = []
-    in_place = detect(head) is None
-    if not in_place:
-        with open(SCRATCH, "r+b") as unpacked:
-            layers = unpack.unpack(source, head, unpacked, limit_bytes)
-        source = open(SCRATCH, "rb")
-    found = image.inspect(source, declared, limit_bytes)
-    where = "input" if in_place else "scratch"
-    if found.format != "raw" and in_place and not os.access(INPUT, os.R_OK):
-        where = "copy"
-    elif found.format != "raw":
+    inner, where, parts = source, "input", image.Parts()
+    if detect(source.read(0, HEAD_BYTES)) is not None:
+        with SCRATCH.open("r+b") as unpacked:
+            layers = unpack.unpack(source, unpacked, limit_bytes)
+        source.wait()  # what reads a stream may have had enough before the end
+        descriptor = os.open(SCRATCH, os.O_RDONLY)
+        inner, where = Source(descriptor, os.fstat(descriptor).st_size), "scratch"
+    elif not source.is_whole:
+        parts = image.begun(source, declared, limit_bytes)
+    if parts:
+        image.decode(source, image.Image("qcow2", sum(size for _, size in parts)), OUTPUT, parts)
+    found = image.inspect(inner, declared, limit_bytes)
+    if found.format != "raw":
         where = "output"
-        with open(INPUT if in_place else SCRATCH, "rb") as named, open(OUTPUT, "r+b") as output:
-            image.decode(named, found, output)
-    return {
-        "format": found.format,
-        "size_bytes": found.virtual_size_bytes,
-        "layers": layers,
-        "where": where,
-    }
+        if not parts:
+            image.decode(inner, found, OUTPUT)
+        image.look_inside(OUTPUT, found, declared)
+    return _verdict(found, layers, where)
 
 
-def main() -> int:
-    """Print the verdict; 0 whatever it is."""
+def _verdict(found: Image, layers: list[str], where: str) -> dict[str, Any]:
+    size = found.virtual_size_bytes
+    return {"format": found.format, "size_bytes": size, "layers": layers, "where": where}
+
+
+def main(declared: str, limit_bytes: int, size_bytes: int, growing: int) -> None:
+    """Print the verdict; growing is the pipe that tells when all of the input is there, or -1."""
     try:
-        verdict = decode(sys.argv[1], int(sys.argv[2]))
+        source = Source(0, size_bytes, None if growing < 0 else growing)
+        verdict = decode(source, declared, limit_bytes)
     except Error as error:
         verdict = {"error": error.message[:1000], "hint": (error.hint or "")[:1000]}
     except OSError as error:
-        verdict = {"error": describe(error)[:1000], "hint": ""}
+        words = "it is larger than max_virtual_size" if error.errno == errno.EFBIG else None
+        verdict = {"error": (words or describe(error))[:1000], "hint": ""}
     except MemoryError:
         verdict = {"error": "decoding it needs more memory than is allowed", "hint": ""}
     sys.stdout.write(json.dumps(verdict) + "\n")
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # a thread may still wait for the input
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -16,7 +16,7 @@ import sys
 import uuid
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib.decoder.magic import CONVERT, DECRYPT, SECTOR, Read
 from lib.errors import Error
@@ -67,6 +67,29 @@ _QCOW2_L2_BYTES = 1 << 30  # 8 TiB in clusters of 64 KiB
 
 def qcow2(read: Read, size: int) -> int:
     """Check a qcow2 image of version 2 or 3."""
+    header = qcow2_header(read, size)
+    l1 = _table(read, header.l1, header.l1_entries, "Q", "big")
+    _qcow2_clusters(read, size, l1, header.bits, header.entry_bytes)
+    return header.virtual_bytes
+
+
+class Qcow2(NamedTuple):
+    """What the header of a qcow2 image says; l1_entries: those that are needed."""
+
+    virtual_bytes: int
+    bits: int
+    entry_bytes: int
+    l1: int
+    l1_entries: int
+
+    @property
+    def span_bytes(self) -> int:
+        """How much of the disk one L2 table is about."""
+        return (1 << self.bits) * ((1 << self.bits) // self.entry_bytes)
+
+
+def qcow2_header(read: Read, size: int) -> Qcow2:
+    """Check what a qcow2 image says before its first cluster."""
     version, backing, bits, virtual, crypt = _fields(read, 4, ">IQ4xIQI")
     l1_entries, l1, refcounts, clusters, snapshots, table = _fields(read, 36, ">IQQIIQ")
     features = header_bytes = 0
@@ -99,8 +122,7 @@ def qcow2(read: Read, size: int) -> int:
     _inside("L1 table", l1, l1_entries * 8, size)
     _inside("refcount table", refcounts, clusters * cluster, size)
     _inside("snapshot table", table, snapshots * 40, size)
-    _qcow2_clusters(read, size, _table(read, l1, needed, "Q", "big"), bits, entry_bytes)
-    return int(virtual)
+    return Qcow2(virtual, bits, entry_bytes, l1, needed)
 
 
 def _qcow2_extensions(read: Read, position: int, cluster: int) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, BinaryIO
 
 from lib import errors, log, run
 from lib.decoder import formats, magic
+from lib.decoder.source import Source, served
 from lib.errors import Error
 
 FORMATS = ("raw", *formats.PARSERS)
 # 16 requests out of order: a Debian image of 190 MiB takes 1.7 s instead of 2.3;
 # --target-is-zero (qemu 5.0) is true of a file that was just made by truncate
-_CONVERT = ("convert", "-W", "-m", "16", "-n", "--target-is-zero", "-O", "raw")
+_CONVERT = ("convert", "-W", "-m", "16", "-n", "--target-is-zero")
 # exit statuses of qemu-img check: good, clusters that nobody uses, no check for this format (vpc)
 _CHECKED = (0, 3, 63)
-WRITE_BEHIND_S = 0.2
+_WRITE_BEHIND_S = 0.2
+_MAX_SPANS = 64
+Parts = list[tuple[int, int]]  # of a disk: offset and size
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,13 @@ class Image:
     virtual_size_bytes: int
 
 
-def inspect(file: BinaryIO, declared: str, max_virtual_size_bytes: int) -> Image:
-    """Return the one format that `file` has by its content, after a look at its whole header.
+def inspect(source: Source, declared: str, max_virtual_size_bytes: int) -> Image:
+    """Return the one format that the source has by its content, after a look at its whole header.
 
     declared is "auto" or the format that it must be. Error if it is none or several of FORMATS,
     refers to other files, is damaged, or would be larger than `max_virtual_size_bytes`.
     """
-    read, size = _reader(file)
+    read, size = source.read, source.size_bytes
     if size < magic.SECTOR:
         raise Error(f"the image is too short: {log.size(size)}", "fetch it again")
     look = magic.look(read, size)
@@ -49,12 +53,41 @@ def inspect(file: BinaryIO, declared: str, max_virtual_size_bytes: int) -> Image
     if found == "raw":
         virtual = size
         if declared == "auto":
-            _require_disk(look)
+            _require_disk(look, found)
     else:
-        try:
+        with _about(found):
             virtual = formats.PARSERS[found](read, size)
-        except Error as error:
-            raise Error(f"the {found} image {error.message}", error.hint) from error
+    return Image(found, _bounded(found, virtual, max_virtual_size_bytes))
+
+
+@contextmanager
+def _about(found: str) -> Iterator[None]:
+    """Name what a parser speaks about."""
+    try:
+        yield
+    except Error as error:
+        raise Error(f"the {found} image {error.message}", error.hint) from error
+
+
+def begun(source: Source, declared: str, max_virtual_size_bytes: int) -> Parts:
+    """Return the parts, offset and size, in which a qcow2 that is still to come can be decoded.
+
+    None for what is no such thing. A part is what one L2 table is about: qemu-img reads all tables
+    of what it converts before the first cluster. This is a first look; inspect() has the last word.
+    """
+    if declared not in ("auto", "qcow2") or source.size_bytes <= magic.HEAD_BYTES:
+        return []
+    head = source.read(0, magic.HEAD_BYTES)
+    if not head.startswith(magic.QCOW2):
+        return []
+    with _about("qcow2"):
+        header = formats.qcow2_header(source.read, source.size_bytes)
+    virtual = _bounded("qcow2", header.virtual_bytes, max_virtual_size_bytes)
+    step = max(header.span_bytes, -(-virtual // _MAX_SPANS))
+    return [(start, min(step, virtual - start)) for start in range(0, virtual, step)]
+
+
+def _bounded(found: str, virtual: int, max_virtual_size_bytes: int) -> int:
     if virtual == 0 or virtual % magic.SECTOR:
         raise Error(
             f"the {found} image is not a whole number of 512-byte sectors: {virtual} bytes",
@@ -66,18 +99,7 @@ def inspect(file: BinaryIO, declared: str, max_virtual_size_bytes: int) -> Image
             f" {log.size(max_virtual_size_bytes)}",
             "raise max_virtual_size in section [image] of cloudimage.conf",
         )
-    return Image(found, virtual)
-
-
-def _reader(file: BinaryIO) -> tuple[magic.Read, int]:
-    descriptor = file.fileno()
-    size = os.fstat(descriptor).st_size
-
-    def read(offset: int, length: int) -> bytes:
-        # an offset from a header may be more than the kernel takes
-        return os.pread(descriptor, length, offset) if offset < size else b""
-
-    return read, size
+    return virtual
 
 
 def _one_format(look: magic.Look) -> str:
@@ -96,8 +118,8 @@ def _one_format(look: magic.Look) -> str:
     return names[0] if names else "raw"
 
 
-def _require_disk(look: magic.Look) -> None:
-    """Require evidence that a file without a format's header is a disk; format=raw goes without.
+def _require_disk(look: magic.Look, found: str) -> None:
+    """Require evidence that what is to be a disk is one; a declared format goes without.
 
     A partition table or a file system is that: Alpine's BIOS images, and those for kernel_path=,
     are one file system without a table. An ISO image alone boots from a CD drive only; with an MBR
@@ -106,61 +128,105 @@ def _require_disk(look: magic.Look) -> None:
     if look.disks == (magic.ISO,):
         raise Error(
             f"the image is {magic.ISO}, which does not boot as a disk",
-            "give a cloud image, or set format=raw to write it as it is",
+            f"give a cloud image, or set format={found} to write it as it is",
         )
     if not look.disks:
         raise Error(
             "the image has neither a partition table nor a known file system nor a known format",
-            "see whether it is a disk image, and set format=raw to write it as it is",
+            f"see whether it is a disk image, and set format={found} to write it as it is",
         )
 
 
-def decode(file: BinaryIO, image: Image, output: BinaryIO) -> None:
-    """Decode `file`, which inspect() found to be `image` and not raw, into the file `output`.
+def decode(
+    source: Source,
+    image: Image,
+    output: Path,
+    parts: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Decode `source`, which is `image` and not raw, into the file `output`.
 
     output becomes a sparse raw file of exactly the virtual size; whatever it held is gone. Error
-    if qemu-img sees another image than inspect() did, or finds it damaged. qemu-img opens both
-    by their names.
+    if qemu-img sees another image, or finds it damaged. parts: in which pieces, one if empty.
     """
     virtual = image.virtual_size_bytes
-    with errors.context(f"decoding the {image.format} image"):
-        os.ftruncate(output.fileno(), 0)
-        os.ftruncate(output.fileno(), virtual)
-        name = str(file.name)
-        _agree(image, run.run(_qemu_img(image, name, "info", "--output=json"), silent=True))
+    with errors.context(f"decoding the {image.format} image"), open(output, "r+b") as file:
+        file.truncate(0)
+        file.truncate(virtual)
+        with _qemu_img(image, source, "info", "--output=json") as lines:
+            text = lines.read(1 << 20)
+        _agree(image, text)
         # the checks read the image while it is decoded: nobody uses the output before all are done
-        convert = [*_qemu_img(image, name, *_CONVERT), str(output.name)]
-        converting = run.reader(convert, silent=True)
-        mapping = run.reader(_qemu_img(image, name, "map", "--output=json"), silent=True)
-        with converting as nothing, mapping as lines:
-            run.run(_qemu_img(image, name, "check", "-q"), accept=_CHECKED)
-            _check_extents(lines, os.fstat(file.fileno()).st_size)
-            # write behind: decompression is the limit, so the disk has time, and whoever makes the
-            # file last finds little left to do
-            while not select.select([nothing], [], [], WRITE_BEHIND_S)[0] or nothing.read(4096):
-                os.fdatasync(output.fileno())
-        read, size = _reader(output)
-        if size != virtual:
-            raise Error(f"qemu-img wrote {size} bytes instead of {virtual}", "try again")
-        look = magic.look(read, size)
-        if look.names:
+        mapping = _qemu_img(image, source, "map", "--output=json")
+        checking = _qemu_img(image, source, "check", "-q", accept=_CHECKED)
+        with mapping as lines, checking as nothing:
+            for part in parts or [(0, virtual)]:
+                _convert(image, source, output, part, file)
+            _check_extents(lines, source.size_bytes)
+            nothing.read()
+        if os.fstat(file.fileno()).st_size != virtual:
             raise Error(
-                f"the disk inside is {' and '.join(look.names)} again",
-                "give an image that is complete after one decoding",
+                f"qemu-img wrote {os.fstat(file.fileno()).st_size} bytes instead of {virtual}",
+                "try again",
             )
 
 
-def _qemu_img(image: Image, name: str, *command: str) -> list[str]:
-    """Return the argv that reads the input; format and file are named, so that nothing is guessed.
+def _convert(
+    image: Image, source: Source, output: Path, part: tuple[int, int], file: BinaryIO
+) -> None:
+    """Decode one part, and write behind: decompression is the limit, so the disk has time, and
+    whoever makes the file last finds little left to do."""
+    place = f"driver=raw,offset={part[0]},size={part[1]}"
+    target = f"{place},file.driver=file,file.filename={output}"
+    command = [*_CONVERT, "--target-image-opts"]
+    with _qemu_img(image, source, *command, place=place, last=[target]) as nothing:
+        while not select.select([nothing], [], [], _WRITE_BEHIND_S)[0] or nothing.read(4096):
+            os.fdatasync(file.fileno())
 
-    A vpc image is as large as its footer says: left alone, qemu goes by the CHS geometry if the
-    creator is not known to it (VirtualBox), and the disk's end is lost.
+
+def look_inside(output: Path, image: Image, declared: str) -> None:
+    """See that a decoded disk is one: an Error if it is again something that must be decoded."""
+    with open(output, "rb") as file:
+        inner = Source(file.fileno(), os.fstat(file.fileno()).st_size)
+        if inner.size_bytes != image.virtual_size_bytes:
+            raise Error("the image is not what its first bytes said", "fetch it again")
+        look = magic.look(inner.read, inner.size_bytes)
+    if look.names:
+        raise Error(
+            f"decoding the {image.format} image: the disk inside is {' and '.join(look.names)}"
+            " again",
+            "give an image that is complete after one decoding",
+        )
+    if declared == "auto":
+        _require_disk(look, image.format)
+
+
+@contextmanager
+def _qemu_img(
+    image: Image,
+    source: Source,
+    *command: str,
+    place: str = "",
+    last: Sequence[str] = (),
+    accept: Sequence[int] = (0,),
+) -> Iterator[IO[bytes]]:
+    """Run qemu-img on the source and hand out its output, which must be read to the end.
+
+    Format and connection are named, so that nothing is guessed. A vpc image is as large as its
+    footer says: left alone, qemu goes by the CHS geometry if the creator is not known to it
+    (VirtualBox), and the disk's end is lost.
     """
-    if image.format == "vpc":
-        options = "driver=vpc,force_size_calc=current_size,file.driver=file"
-        name = name.replace(",", ",,")  # qemu's own escape
-        return ["qemu-img", *command, "--image-opts", f"{options},file.filename={name}"]
-    return ["qemu-img", *command, "-f", image.format, name]
+    with served(source) as connection:
+        server = f"file.driver=nbd,file.server.type=fd,file.server.str={connection}"
+        options = f"driver={image.format},{server}"
+        if image.format == "vpc":
+            options += ",force_size_calc=current_size"
+        if place:
+            inner = ",".join(f"file.{option}" for option in options.split(","))
+            options = f"{place},{inner}"
+        argv = ["qemu-img", *command, "--image-opts", options, *last]
+        silent = command[0] != "check"  # that of vpc says that there is none
+        with run.reader(argv, descriptors=[connection], silent=silent, accept=accept) as lines:
+            yield lines
 
 
 @contextmanager
@@ -172,7 +238,7 @@ def _answer() -> Iterator[None]:
         raise Error("qemu-img gave no answer that could be read") from error
 
 
-def _agree(image: Image, text: str) -> None:
+def _agree(image: Image, text: bytes) -> None:
     """Compare qemu-img's look with ours: a single parser has been fooled more than once."""
     with _answer():
         info = json.loads(text)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 Read = Callable[[int, int], bytes]  # (offset_bytes, length_bytes) -> fewer only at the file's end
 
 SECTOR = 512
-_HEAD_BYTES = 68 << 10  # covers every offset below
+HEAD_BYTES = 68 << 10  # covers every offset below
 
+QCOW2 = (b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\3")
 # offsets from the start; -512 is the last sector
 _CONTAINERS = (
-    ("qcow2", 0, b"QFI\xfb\0\0\0\2"),
-    ("qcow2", 0, b"QFI\xfb\0\0\0\3"),
+    *(("qcow2", 0, each) for each in QCOW2),
     ("vmdk", 0, b"KDMV"),
     ("vdi", 64, b"\x7f\x10\xda\xbe"),
     ("vpc", 0, b"conectix"),
@@ -95,7 +95,7 @@ class Look:
 
 def look(read: Read, size: int) -> Look:
     """Match the file against every magic that is known here."""
-    head, tail = read(0, _HEAD_BYTES), read(max(0, size - SECTOR), SECTOR)
+    head, tail = read(0, HEAD_BYTES), read(max(0, size - SECTOR), SECTOR)
 
     def has(offset: int, magic: bytes) -> bool:
         return tail.startswith(magic) if offset < 0 else head.startswith(magic, offset)

@@ -8,6 +8,7 @@ from typing import BinaryIO, Optional
 from lib import log
 from lib.compression import HEAD_BYTES, decompressed, detect
 from lib.decoder import archive
+from lib.decoder.source import Source
 from lib.errors import Error
 
 _BUFFER_BYTES = 1 << 20
@@ -15,10 +16,10 @@ _BLOCK_BYTES = 64 << 10  # zeroes that long and aligned become a hole
 _ZEROES = bytes(_BLOCK_BYTES)
 
 
-def unpack(source: BinaryIO, head: bytes, output: BinaryIO, limit_bytes: int) -> list[str]:
+def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> list[str]:
     """Write the one image in `source` to `output`, a fresh file; return what was taken off.
 
-    source is a file, or a pipe of which `head` was read before. Zeroes become holes.
+    Zeroes become holes.
 
     One level of compression, and an archive in it or alone, are taken off. An archive (tar, OVA)
     is not extracted: its headers are walked and the bytes of one regular file are copied. That is
@@ -26,9 +27,10 @@ def unpack(source: BinaryIO, head: bytes, output: BinaryIO, limit_bytes: int) ->
     1 MiB; what is neither lies beside it (descriptor, manifest, README). Two of them, links,
     devices, a name twice, more than `limit_bytes`, or anything packed in what comes out are errors.
     """
-    kind = detect(head)
+    kind = detect(source.read(0, HEAD_BYTES))
     layers = [] if kind in (None, "tar") else [str(kind)]
-    with decompressed(source, kind if layers else None, head, None) as stream:
+    plain = kind if layers else None
+    with source.stream() as packed, decompressed(packed, plain, sandbox=None) as stream:
         head = stream.read(HEAD_BYTES)
         if detect(head) == "tar":
             layers.append("tar")

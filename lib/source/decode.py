@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Optional, Union
+from typing import BinaryIO, Optional
 
 from lib import log, run
 from lib.errors import Error
 
 LIB = Path(__file__).resolve().parent.parent
+PROGRAM = "/tmp/lib/decoder/__main__.py"
 VERDICT_BYTES = 4096
 _FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 _SECTOR = 512
+_FILES = ("scratch", "output")
 
 
 @dataclass(frozen=True)
@@ -26,51 +33,100 @@ class Decoded:
     path: Optional[Path]  # None: the input itself is the raw image
 
 
-def decode(source: BinaryIO, declared: str, limit_bytes: int, work: Path) -> Decoded:
-    """Let the decoder make one sparse raw file in `work` of the image in `source`.
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder at work."""
 
-    source: a file or a pipe, open for reading only. declared is the format
-    that it must have, or "auto". Error if it is refused; what is in `work` is then of no use.
+    child: run.Process[bytes]
+    words: BinaryIO
+    file: BinaryIO
+    work: Path
+    limit_bytes: int
+    wall_s: float
+    teller: BinaryIO
+
+    def complete(self) -> None:
+        """Tell it that all of the image is there."""
+        with suppress(BrokenPipeError):  # it has made up its mind already
+            os.write(self.teller.fileno(), b".")
+
+    def result(self) -> Decoded:
+        """Wait for the verdict and check it from outside; Error if the image is refused."""
+        text = self._read()
+        self.words.seek(0)
+        for line in self.words.read(1 << 16).decode("ascii", "backslashreplace").splitlines():
+            log.step(log.printable(line, run.REPLAY_WIDTH))
+        name, size_bytes, where = _verdict(text, self.limit_bytes)
+        path = None if where == "input" else self.work / where
+        if path is None:
+            _check(os.fstat(self.file.fileno()), size_bytes)
+        else:
+            _check(path.lstat(), size_bytes)
+            path.chmod(0o600)
+        for each in _FILES:
+            if each != where:
+                (self.work / each).unlink()
+        return Decoded(name, size_bytes, path)
+
+    def _read(self) -> bytes:
+        """Return what it prints, within the limits on length and time."""
+        assert self.child.stdout is not None
+        pipe, text, deadline = self.child.stdout.fileno(), b"", time.monotonic() + self.wall_s
+        while len(text) <= VERDICT_BYTES:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([pipe], [], [], left)[0]:
+                raise Error(
+                    f"decoding took longer than the limit of {self.wall_s:.0f} s",
+                    "see whether the disk of the node is slow",
+                )
+            block = os.read(pipe, VERDICT_BYTES)
+            if not block:
+                break
+            text += block
+        return text
+
+
+@contextmanager
+def started(
+    file: BinaryIO, declared: str, limit_bytes: int, work: Path, total_bytes: Optional[int] = None
+) -> Iterator[Decoder]:
+    """Start the decoder on `file`; it makes one sparse raw file in `work` of the image.
+
+    declared is the format that the image must have, or "auto". total_bytes is for a file that
+    still grows: how long it will be, when complete() is called. The decoder is gone when the block
+    ends; what is in `work` is of no use unless there was a result.
     """
     run.require("bwrap", "prlimit", "qemu-img", "setpriv")
     _require_readable()
-    files = {name: work / name for name in ("scratch", "output")}
-    for path in files.values():
-        path.touch(0o600, exist_ok=False)
-    read: dict[str, Union[Path, int]] = {"/tmp/lib": LIB}
-    if source.seekable():
-        read["/input"] = source.fileno()
-    sandbox = run.Sandbox(
-        read=read,
-        write={f"/{name}": path for name, path in files.items()},
-        limits=_limits(limit_bytes, source),
-    )
-    program = "/tmp/lib/decoder/__main__.py"
-    argv = ["python3", "-I", "-B", program, declared, str(limit_bytes)]
-    name, size_bytes, where = _verdict(run.run(argv, stdin=source, sandbox=sandbox), limit_bytes)
-    for kind, path in files.items():
-        if kind != where:
-            path.unlink()
-    if where == "copy":
-        return _decode_copy(source, declared, limit_bytes, work)
-    if where == "input":
-        return Decoded(name, size_bytes, None)
-    _check(files[where], size_bytes)
-    return Decoded(name, size_bytes, files[where])
+    for name in _FILES:
+        (work / name).unlink(missing_ok=True)
+        (work / name).touch(0o600)
+    size_bytes = total_bytes or os.fstat(file.fileno()).st_size
+    limits = _limits(limit_bytes, size_bytes)
+    with ExitStack() as stack:
+        reading, writing = os.pipe()
+        told = stack.enter_context(open(reading, "rb"))
+        teller = stack.enter_context(open(writing, "wb"))
+        # for reading only, whatever `file` was opened for
+        source = stack.enter_context(open(f"/proc/self/fd/{file.fileno()}", "rb"))
+        words = stack.enter_context(open(os.memfd_create("stderr"), "w+b"))
+        numbers = (limit_bytes, size_bytes, -1 if total_bytes is None else told.fileno())
+        argv = ["/usr/bin/python3", "-I", "-S", "-B", PROGRAM, declared, *map(str, numbers)]
+        write = {f"/{name}": work / name for name in _FILES}
+        sandbox = run.Sandbox({"/tmp/lib": LIB}, write, limits)
+        child = stack.enter_context(
+            run.process(
+                argv, stdin=source, stderr=words, sandbox=sandbox, descriptors=[told.fileno()]
+            )
+        )
+        told.close()
+        yield Decoder(child, words, file, work, limit_bytes, limits.wall_s, teller)
 
 
-def _decode_copy(source: BinaryIO, declared: str, limit_bytes: int, work: Path) -> Decoded:
-    """Decode a file that only root may read: qemu-img opens it by name, as another user."""
-    path = work / "copy"
-    with path.open("xb") as copy:
-        copy_file(source, copy)
-        path.chmod(0o644)
-    with path.open("rb") as readable:
-        decoded = decode(readable, declared, limit_bytes, work)
-    if decoded.path is None:
-        raise Error("the image changed while it was read", "try again")
-    path.unlink()
-    return decoded
+def decode(file: BinaryIO, declared: str, limit_bytes: int, work: Path) -> Decoded:
+    """Let the decoder make one sparse raw file in `work` of the image in `file`."""
+    with started(file, declared, limit_bytes, work) as decoder:
+        return decoder.result()
 
 
 def copy_file(source: BinaryIO, copy: BinaryIO) -> None:
@@ -88,28 +144,27 @@ def _require_readable() -> None:
         )
 
 
-def _limits(limit_bytes: int, source: BinaryIO) -> run.Limits:
+def _limits(limit_bytes: int, size_bytes: int) -> run.Limits:
     """Bound the work by what there may be of it.
 
     Address space of each process: twice what qemu-img was seen to take (455 MiB: a stack for each
-    of its threads). CPU: a tenth of the pace of zlib, the slowest (300 MiB/s). Wall clock: a slow
-    disk, and for a pipe the network's own limits.
+    of its threads). CPU: a tenth of the pace of zlib, the slowest (300 MiB/s). Wall clock, from
+    when all of the image is there: a slow disk.
     """
-    most = limit_bytes
-    if source.seekable():
-        most = min(limit_bytes, 1 << 40)
+    work = limit_bytes + size_bytes
     return run.Limits(
         address_space_bytes=1 << 30,
-        cpu_s=60 + most // (32 << 20),
+        cpu_s=60 + work // (32 << 20),
         file_size_bytes=limit_bytes,
-        wall_s=120 + most / (8 << 20),
+        processes=4096,
+        wall_s=120 + work / (8 << 20),
     )
 
 
-def _verdict(text: str, limit_bytes: int) -> tuple[str, int, str]:
+def _verdict(text: bytes, limit_bytes: int) -> tuple[str, int, str]:
     """Return format, size and place; what was decoded may have taken the writer over."""
     try:
-        said = json.loads(text[:VERDICT_BYTES])
+        said = json.loads(text)
         if "error" in said:
             hint = log.printable(str(said["hint"]), 300)
             raise Error(log.printable(str(said["error"]), 300), hint or None)
@@ -121,16 +176,15 @@ def _verdict(text: str, limit_bytes: int) -> tuple[str, int, str]:
         and type(size) is int
         and 0 < size <= limit_bytes
         and size % _SECTOR == 0
-        and where in ("input", "copy", "scratch", "output")
+        and where in ("input", *_FILES)
     )
     if not sound:
         raise Error("the decoder gave an answer that makes no sense")
     return name, size, where
 
 
-def _check(path: Path, size_bytes: int) -> None:
+def _check(status: os.stat_result, size_bytes: int) -> None:
     """See from outside that the raw file is what the verdict says."""
-    found = path.lstat().st_size
-    if found != size_bytes:
-        raise Error(f"the decoder wrote {found} bytes instead of {size_bytes}", "try again")
-    os.chmod(path, 0o600)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes:
+        words = f"the decoder wrote {status.st_size} bytes instead of {size_bytes}"
+        raise Error(words, "try again")

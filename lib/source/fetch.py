@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Optional
 
@@ -39,9 +39,11 @@ def download(
     etag: Optional[str] = None,
     last_modified: Optional[str] = None,
     need_framing: bool = False,
+    begun: Callable[[Optional[int]], None] = lambda total_bytes: None,
 ) -> Optional[Response]:
     """Write the body at `url` to `output`, a fresh file; None if it is still what etag stands for.
 
+    begun is told the length, if it is known, when a body begins; at its every restart from byte 0.
     need_framing refuses a body whose end only the closed connection would tell. Unavailable after
     all retries; any other Error is a definite no. Main thread only (http.py uses SIGALRM).
     """
@@ -49,6 +51,7 @@ def download(
     headers = {key: value for key, value in conditions.items() if value}
     progress = log.Progress(f"fetch: {log.redact(url)}", None)
     transfer = _Transfer(url, output, options, algorithms, headers, need_framing, progress)
+    transfer.begun = begun
     try:
         modified = transfer.run()
     finally:
@@ -107,6 +110,7 @@ class _Transfer:
     etag: Optional[str] = None
     last_modified: Optional[str] = None
     digests: dict[str, Any] = field(default_factory=dict)
+    begun: Callable[[Optional[int]], None] = lambda total_bytes: None
 
     def run(self) -> bool:
         """Try until the body is whole; False if it is not modified."""
@@ -188,6 +192,7 @@ class _Transfer:
         self.last_modified = headers.get("Last-Modified")
         if self.progress:
             self.progress.total_bytes = length
+        self.begun(length)
 
     def _continue(self, answer: web.Answer) -> None:
         """Check that a 206 is the rest of what has arrived, of the same file."""

@@ -149,7 +149,7 @@ def _fetch(
     """Download, verify and decode; None if the server says that the known entry is current."""
     algorithm = expected[0] if expected else "sha256"
     path = work / "download"
-    with path.open("w+b") as file:
+    with path.open("w+b") as file, _Decoding(job, file, work) as decoding:
         response = fetch.download(
             url,
             file,
@@ -158,10 +158,12 @@ def _fetch(
             etag=known["etag"] if known else None,
             last_modified=known["last_modified"] if known else None,
             need_framing=expected is None,
+            begun=decoding.begun,
         )
         if response is None:
             log.step(f"image: {job.source()} is in the cache (not modified)")
             return None
+        decoding.complete()
         _warn_unverified(job)
         if expected is not None:
             actual = response.digests[algorithm]
@@ -172,7 +174,10 @@ def _fetch(
         _check_signature(job, file)
         if known is not None and known["digests"] == response.digests:
             return None  # a server without validators sent the same again
-    raw = _decoded_download(job, path, work)
+        raw = decoding.result().path
+    if raw is None:  # the download is it, with its zeroes written out
+        raw = path
+        run.run(["fallocate", "--dig-holes", os.fspath(raw)])
     return raw, {
         "url": log.redact(_bare(url)),
         "digests": dict(response.digests),
@@ -208,7 +213,9 @@ def _refresh_local(
     """Decode a local image; its key says all that could make an entry stale."""
     if old is not None:
         return None
-    raw = _decoded(job, file, work)
+    with _Decoding(job, file, work) as decoding:
+        decoding.complete()
+        raw = decoding.result()
     if raw.path is None:
         raise _RawAlready(raw.size_bytes)
     return raw.path, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
@@ -233,23 +240,39 @@ def _private_copy(job: Job, file: BinaryIO) -> Iterator[BinaryIO]:
 # --- decoding --------------------------------------------------------------------------------
 
 
-def _decoded(job: Job, file: BinaryIO, work: Path) -> decode.Decoded:
-    """Let the decoder make a sparse raw file of an image, open for reading only."""
-    with context(f"decoding {job.source()}"):
-        return decode.decode(file, job.format, job.config.image_max_virtual_size, work)
+class _Decoding(ExitStack):
+    """The decoding of a file, which may begin while the file is still coming."""
 
+    def __init__(self, job: Job, file: BinaryIO, work: Path) -> None:
+        super().__init__()
+        self._job, self._file, self._work = job, file, work
+        self._decoder: Optional[decode.Decoder] = None
 
-def _decoded_download(job: Job, path: Path, work: Path) -> Path:
-    """Return the raw image that a download holds or is."""
-    path.chmod(0o644)  # for the sandbox; the folder is private
-    with path.open("rb") as file:
-        decoded = _decoded(job, file, work)
-    if decoded.path is None:
-        path.chmod(0o600)
-        run.run(["fallocate", "--dig-holes", os.fspath(path)])  # it has its zeroes written out
-        return path
-    path.unlink()
-    return decoded.path
+    def begun(self, total_bytes: Optional[int]) -> None:
+        """Take note that the file begins, maybe anew; only with a length can it be decoded yet."""
+        self.close()
+        self._decoder = None
+        if total_bytes:
+            self._start(total_bytes)
+
+    def _start(self, total_bytes: Optional[int]) -> None:
+        limit = self._job.config.image_max_virtual_size
+        self._decoder = self.enter_context(
+            decode.started(self._file, self._job.format, limit, self._work, total_bytes)
+        )
+
+    def complete(self) -> None:
+        """Take note that all of the file is there."""
+        if self._decoder is None:
+            self._start(None)
+        else:
+            self._decoder.complete()
+
+    def result(self) -> decode.Decoded:
+        """Return what came of it."""
+        assert self._decoder is not None  # complete() was called
+        with context(f"decoding {self._job.source()}"):
+            return self._decoder.result()
 
 
 def _now() -> str:
