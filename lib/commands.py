@@ -35,7 +35,7 @@ def create(env: Environment) -> None:
     job = params.parse(env)
     first, seed_disk = env.first_disk(), _seed_disk(env, job)
     run.require(*TOOLS)
-    disk.open_target(first)
+    target = disk.open_target(first)
     for phase in hooks.PHASES:
         hooks.find(params.config_directory(env), phase)
     log.step(f"create: {job.source()} for {name} on {first.label}")
@@ -47,28 +47,39 @@ def create(env: Environment) -> None:
         call_hooks = _hook_caller(env, job, texts)
         call_hooks("pre")
         with obtain.raw_image(job) as raw:
-            target = disk.require(first, raw.size_bytes)
-            with context(f"planning the partition table of {target.disk.label}"):
-                plan = partition.plan(
-                    lambda offset, length: os.pread(raw.file.fileno(), length, offset),
-                    raw.size_bytes,
-                    target.size_bytes,
-                    "none" if seed_disk else job.seed,
-                )
+            disk.require(target, raw.size_bytes)
+            plan = _plan(raw, target, "none" if seed_disk else job.seed)
             place = _place(target, plan.seed, seed_disk)
             volume = _volume(work, texts, place.size_bytes) if place else None
-            with disk.unbootable_on_failure(target):
+            with disk.hold(target), disk.unbootable_on_failure(target):
                 with disk.claim(target):
                     disk.write(raw.file, target)
                     for offset, data in plan.writes:
                         target.write(offset, data)
+                    if place is not None and volume is not None:
+                        _write_seed(volume, place, target)
                     disk.sync(target)
-                if place is not None and volume is not None:
-                    with disk.claim(place.target):
-                        _write_volume(volume, place)
                 call_hooks("post")
                 disk.sync(target)
     log.step(f"create: {name} is ready")
+
+
+def _plan(raw: obtain.Raw, target: disk.Target, seed_place: str) -> partition.Plan:
+    with context(f"planning the partition table of {target.label}"):
+        return partition.plan(
+            lambda offset, length: os.pread(raw.file.fileno(), length, offset),
+            raw.size_bytes,
+            target.size_bytes,
+            seed_place,
+        )
+
+
+def _write_seed(volume: Path, place: _Place, target: disk.Target) -> None:
+    if place.target is target:
+        target.write(place.offset_bytes, volume.read_bytes())
+        return
+    with disk.hold(place.target), disk.claim(place.target):
+        _write_volume(volume, place)
 
 
 def _seed_disk(env: Environment, job: Job) -> Optional[environment.Disk]:
@@ -181,7 +192,8 @@ def restore(env: Environment) -> None:
     dump = sys.stdin.buffer
     head = dump.read(512)
     kind = compression.detect(head)
-    with disk.unbootable_on_failure(target), context(f"importing to {target.disk.label}"):
+    doing = context(f"importing to {target.label}")
+    with disk.hold(target), disk.unbootable_on_failure(target), doing:
         with disk.claim(target):
             size_bytes = transfer.load(compression.decompressed(dump, kind, head), target)
             if size_bytes < target.size_bytes:
@@ -215,7 +227,7 @@ def rename(env: Environment) -> None:
         log.warning(f"{name}: its disks hold no seed, so the guest keeps its name and addresses")
         return
     network_config = _network_config(env, job)
-    with _workspace() as work, disk.claim(place.target):
+    with _workspace() as work, disk.hold(place.target), disk.claim(place.target):
         old, texts = work / "old", work / "seed"
         texts.mkdir()
         old.write_bytes(place.target.read(place.offset_bytes, place.size_bytes))

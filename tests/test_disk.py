@@ -95,7 +95,8 @@ def test_write(make: Make, tmp_path: Path, kind: str, image: str) -> None:
     size_bytes, pieces = IMAGES[image]
     source = image_of(tmp_path / "image", size_bytes, pieces)
     with open(source, "rb") as file:
-        target = disk.require(place.disk, size_bytes)
+        target = disk.open_target(place.disk)
+        disk.require(target, size_bytes)
         with disk.claim(target):
             disk.write(file, target)
         disk.sync(target)
@@ -112,7 +113,7 @@ def test_holes(make: Make, tmp_path: Path, kind: str) -> None:
     place = make(kind, 64 * MIB)
     source = image_of(tmp_path / "image", 64 * MIB, {0: noise(4096), 40 * MIB: noise(MIB)})
     with open(source, "rb") as file:
-        target = disk.require(place.disk, 64 * MIB)
+        target = disk.open_target(place.disk)
         assert kind != "file" or target.used_bytes() == 64 * MIB
         disk.write(file, target)
         disk.sync(target)
@@ -193,6 +194,7 @@ def test_wipe_that_fails_is_a_warning(make: Make, capsys: pytest.CaptureFixture[
         place.file.unlink()
         raise Error("first")
     assert capsys.readouterr().err == (
+        "failed: first\n"
         f"WARNING: {place.file}: its head could not be wiped, it may boot: {place.file}: no such "
         "disk; activate it with gnt-instance activate-disks\n"
     )
@@ -270,7 +272,7 @@ def test_image_larger_than_the_disk(
     source = image_of(tmp_path / "image", size_bytes, {0: b"image"})
     message = f"{file}: {words} do not fit on a disk of 1 MiB (1048576 bytes); use {option}"
     with pytest.raises(Error) as caught:
-        disk.require(Disk(2, file), size_bytes)
+        disk.require(disk.open_target(Disk(2, file)), size_bytes)
     assert str(caught.value) == message
     with open(source, "rb") as image, pytest.raises(Error) as caught:
         disk.write(image, disk.open_target(Disk(2, file)))
@@ -285,10 +287,47 @@ def test_content_longer_than_the_disk(make: Make) -> None:
     with pytest.raises(Error) as caught, disk.unbootable_on_failure(target):
         target.fill(block for block in blocks)
     assert str(caught.value) == (
-        f"{place.file}: 5 MiB (5242880 bytes) do not fit on a disk of 3 MiB (3145728 bytes); "
-        "use --disk 0:size=5M"
+        f"{place.file}: the dump's bytes do not fit on a disk of 3 MiB (3145728 bytes); "
+        "use --disk 0:size= with the size of the dumped disk"
     )
     assert not any(place.file.read_bytes()[:MIB])
+
+
+def test_content_without_an_end_is_refused_at_once(make: Make) -> None:
+    target = disk.open_target(make("file", 3 * MIB).disk)
+
+    def endless() -> disk.Blocks:
+        while True:
+            yield b"x" * MIB
+
+    with pytest.raises(Error, match="do not fit"), disk.unbootable_on_failure(target):
+        target.fill(endless())
+
+
+def test_the_head_comes_last(make: Make) -> None:
+    """What is killed before the end of a door has written all does not boot."""
+    place = make("file", 4 * MIB)
+    target = disk.open_target(place.disk)
+    with disk.hold(target):
+        target.fill(block for block in [b"x" * MIB, b"y" * MIB])
+        target.write(MIB - 512, b"seed" * 256)
+        assert target.read(MIB - 512, 1024) == b"seed" * 256
+        assert not any(place.file.read_bytes()[:MIB])
+        disk.sync(target)
+    content = place.file.read_bytes()
+    assert content[: MIB - 512] == b"x" * (MIB - 512)
+    assert content[MIB - 512 : MIB + 512] == b"seed" * 256
+
+
+def test_one_run_at_a_time(make: Make) -> None:
+    """The whole door, its hooks and the wipe after them included."""
+    target = disk.open_target(make("file", 4 * MIB).disk)
+    other = disk.open_target(target.disk)
+    with disk.hold(target), pytest.raises(Error, match="in use"):
+        with disk.hold(other):
+            pass
+    with disk.hold(other):
+        pass
 
 
 def test_file_cut_while_it_is_read(make: Make) -> None:

@@ -18,8 +18,9 @@ BLOCK_BYTES = 1 << 20
 SECTOR_BYTES = 4096  # the largest logical sector
 ZERO_STEP_BYTES = 64 << 20  # one call to the kernel, so that a signal is soon heard
 ZEROES = bytes(BLOCK_BYTES)
+DOOR_LOCK = 1 << 62
 
-FICLONE, BLKROGET, BLKZEROOUT = 0x40049409, 0x125E, 0x127F  # linux/fs.h
+FICLONERANGE, BLKROGET, BLKZEROOUT = 0x4020940D, 0x125E, 0x127F  # linux/fs.h
 PUNCH_HOLE_KEEP_SIZE = 0x3  # linux/falloc.h
 QEMU_LOCK_FIRST, QEMU_LOCK_COUNT = 100, 200  # qemu's block/file-posix.c, RAW_LOCK_PERM_BASE
 
@@ -65,18 +66,17 @@ class Local:
             view, offset = view[count:], offset + count
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read as zeroes, whatever was there."""
+        """Make a range read as zeroes, whatever was there; on files it takes no space."""
         if self.is_empty:
             return
         end = offset + length
-        if self.is_device:
-            first = -(-offset // SECTOR_BYTES) * SECTOR_BYTES
-            last = end // SECTOR_BYTES * SECTOR_BYTES
-            if first < last:
-                self._write_zeroes(offset, first)
-                for start in range(first, last, ZERO_STEP_BYTES):
-                    self._zero_out(start, min(ZERO_STEP_BYTES, last - start))
-                offset = last
+        first = -(-offset // SECTOR_BYTES) * SECTOR_BYTES
+        last = end // SECTOR_BYTES * SECTOR_BYTES
+        if first < last:
+            self._write_zeroes(offset, first)
+            for start in range(first, last, ZERO_STEP_BYTES):
+                self._zero_out(start, min(ZERO_STEP_BYTES, last - start))
+            offset = last
         self._write_zeroes(offset, end)
 
     def _write_zeroes(self, start: int, end: int) -> None:
@@ -84,36 +84,42 @@ class Local:
             self.write(offset, ZEROES[: end - offset])
 
     def _zero_out(self, offset: int, length: int) -> None:
-        """Zero sectors of a device; unmap them where the device promises zeroes for that."""
+        """Punch a hole; a device unmaps sectors where it promises zeroes for that."""
+        if self._punch(offset, length):
+            return
+        if self.is_device:
+            with self._naming():
+                fcntl.ioctl(self.descriptor, BLKZEROOUT, struct.pack("QQ", offset, length))
+        else:
+            self._write_zeroes(offset, offset + length)
+
+    def _punch(self, offset: int, length: int) -> bool:
         import ctypes  # 2 ms, and Python's fallocate knows no modes
 
         start, count = ctypes.c_int64(offset), ctypes.c_int64(length)
         libc = ctypes.CDLL(None)
-        if libc.fallocate64(self.descriptor, PUNCH_HOLE_KEEP_SIZE, start, count) != 0:
-            with self._naming():
-                fcntl.ioctl(self.descriptor, BLKZEROOUT, struct.pack("QQ", offset, length))
+        return bool(libc.fallocate64(self.descriptor, PUNCH_HOLE_KEEP_SIZE, start, count) == 0)
 
     def empty(self) -> None:
-        """Make a file one hole of the same size; NFS knows truncation, but no punching."""
-        try:
-            os.ftruncate(self.descriptor, 0)
-        finally:
-            os.ftruncate(self.descriptor, self.size_bytes)
-        self.is_empty = True
+        """Make a file one hole where its file system can; the size never changes meanwhile."""
+        self.is_empty = self._punch(0, self.size_bytes)
 
-    def clone(self, image: Local) -> bool:
-        """Let a file share the blocks of `image` and keep its own size; False if it cannot."""
-        if not self.is_file:
-            return False
+    def clone(self, image: Local, start: int) -> int:
+        """Let a file share the blocks of `image` from `start` on; return where the sharing ends.
+
+        The end is `start` where nothing can be shared; both places are the file system's blocks.
+        """
+        end = image.size_bytes // BLOCK_BYTES * BLOCK_BYTES
+        if not self.is_file or end <= start:
+            return start
+        request = struct.pack("qQQQ", image.descriptor, start, end - start, start)
         try:
-            os.ftruncate(self.descriptor, 0)
-            fcntl.ioctl(self.descriptor, FICLONE, image.descriptor)
+            fcntl.ioctl(self.descriptor, FICLONERANGE, request)
         except OSError as error:
             log.debug(f"no reflink: {describe(error)}")
-            return False
-        finally:
-            os.ftruncate(self.descriptor, self.size_bytes)
-        return True
+            return start
+        self.is_empty = False
+        return end
 
     def sync(self) -> None:
         """Return when everything written is on stable storage."""
@@ -162,15 +168,27 @@ def claimed(path: Path, is_device: bool) -> Iterator[None]:
     """Keep others off the disk: a device by O_EXCL, a file by the lock of an image in use."""
     with opened(path, os.O_RDWR | (os.O_EXCL if is_device else 0)) as disk:
         if not is_device:
-            _lock(path, disk.descriptor)
+            _lock(path, disk.descriptor, QEMU_LOCK_FIRST, QEMU_LOCK_COUNT)
         elif any(fcntl.ioctl(disk.descriptor, BLKROGET, bytes(4))):
             raise _unusable(path, OSError(errno.EROFS, ""))
         yield
 
 
-def _lock(path: Path, descriptor: int) -> None:
+@contextmanager
+def held(path: Path) -> Iterator[Local]:
+    """Open the disk once for all of a door, which no other run of ours then works on.
+
+    The lock is on a byte that nobody else locks, on devices too: it bars neither qemu, mount nor
+    flock(1) from hooks.
+    """
+    with opened(path, os.O_RDWR) as disk:
+        _lock(path, disk.descriptor, DOOR_LOCK, 1)
+        yield disk
+
+
+def _lock(path: Path, descriptor: int, first: int, count: int) -> None:
     # a lock of the open file, not of the process: other descriptors come and go meanwhile
-    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, QEMU_LOCK_FIRST, QEMU_LOCK_COUNT, 0)
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
     except OSError as error:

@@ -19,6 +19,7 @@ from lib import log, run
 from lib.errors import Error
 
 CONNECT_TIMEOUT_S = 60.0  # a Ceph cluster may take its time
+ANSWER_TIMEOUT_S = 180.0  # for one request: a Ceph cluster that heals may take its time
 ZERO_LIMIT_BYTES = 1 << 30
 REQUEST, REQUEST_MAGIC, REPLY_MAGIC = ">IHHQQI", 0x25609513, 0x67446698
 READ, WRITE, DISCONNECT, FLUSH, WRITE_ZEROES = 0, 1, 2, 3, 6
@@ -69,6 +70,8 @@ class Connection:
         try:
             self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, kind, 0, offset, length))
             self.server.sendall(data)
+        except socket.timeout as error:  # TODO: TimeoutError, with Python 3.10
+            raise _Stalled from error
         except OSError as error:
             raise _Gone from error
         magic, status, _cookie = struct.unpack(">IIQ", self._receive(16))
@@ -84,12 +87,18 @@ class Connection:
         while view:
             try:
                 count = self.server.recv_into(view)
+            except socket.timeout as error:
+                raise _Stalled from error
             except OSError as error:
                 raise _Gone from error
             if count == 0:
                 raise _Gone
             view = view[count:]
         return bytes(data)
+
+
+class _Stalled(Exception):
+    """The storage behind the server does not answer."""
 
 
 class _Gone(Exception):
@@ -107,11 +116,17 @@ def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
             try:
                 with socket.socket(socket.AF_UNIX) as server:
                     _await(server, path, uri, lambda: child.poll() is not None)
+                    server.settimeout(ANSWER_TIMEOUT_S)
                     connection = Connection(server, uri)
                     yield connection
                     if writable:
                         connection.sync()
                     connection.close()
+            except _Stalled as error:
+                raise Error(
+                    f"{uri}: the storage did not answer within {ANSWER_TIMEOUT_S:g} s",
+                    "look at the storage (ceph health), then run this again",
+                ) from error
             except _Gone as error:
                 assert child.stderr is not None  # run.process makes a pipe of it
                 words = child.stderr.read(4096).decode("ascii", "backslashreplace").strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Optional, Union
@@ -16,6 +16,9 @@ from lib.environment import Disk
 from lib.errors import Error, describe
 
 MIB, GIB = 1 << 20, 1 << 30
+FIRST_BYTES = (
+    4096  # boot sector and GPT header, for sectors of any size: without them nothing boots
+)
 GRAIN_BYTES = 64 << 10  # the shortest run of zeroes that becomes a hole
 
 Block = Union[bytes, int]  # a disk's content in order: data, or the length of a run of zeroes
@@ -30,7 +33,10 @@ class Target:
     disk: Disk
     size_bytes: int
     is_device: bool
-    touched: bool = field(default=False, init=False)  # it was opened for writing
+    touched: bool = field(default=False, init=False)  # something was written
+    held: Optional[Handle] = field(default=None, init=False)  # by hold()
+    # the first MiB, withheld from the disk while it is filled: fill() to finish()
+    head: Optional[bytearray] = field(default=None, init=False)
 
     @property
     def label(self) -> str:
@@ -40,19 +46,31 @@ class Target:
     @contextmanager
     def opened(self, *, writable: bool) -> Iterator[Handle]:
         """Open the disk; on leaving, what went to a URI is flushed, all else waits for sync()."""
+        self.touched = self.touched or writable
+        if self.held is not None:
+            yield self.held
+            return
         with _opened(self.disk, writable=writable) as handle:
-            self.touched = self.touched or writable
             yield handle
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
         with self.opened(writable=False) as handle:
-            return handle.read(offset, length)
+            data = handle.read(offset, length)
+        if self.head is not None and offset < len(self.head):
+            withheld = bytes(self.head[offset : offset + length])
+            data = withheld + data[len(withheld) :]
+        return data
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write `data` at `offset`."""
-        with self.opened(writable=True) as handle:
-            handle.write(offset, data)
+        """Write `data` at `offset`; between fill() and finish() the head only takes note of it."""
+        if self.head is not None and offset < len(self.head):
+            count = min(len(data), len(self.head) - offset)
+            self.head[offset : offset + count] = data[:count]
+            offset, data = offset + count, data[count:]
+        if data:
+            with self.opened(writable=True) as handle:
+                handle.write(offset, data)
 
     def used_bytes(self) -> int:
         """Return how much of the disk may hold data: all, but for sparse files."""
@@ -65,30 +83,33 @@ class Target:
         with self.opened(writable=False) as handle:
             yield from _blocks(handle)
 
-    def fill(self, content: Blocks, total_bytes: Optional[int] = None) -> int:
-        """Write `content` from the disk's start on and return its length in bytes.
+    def fill(self, content: Blocks, total_bytes: Optional[int] = None, start: int = 0) -> int:
+        """Write `content` from `start` on, behind what is there; return where it ends, in bytes.
 
-        Zeroes become holes of a file and real zeroes of anything else. The first MiB is held back
-        until `content` has ended without an exception and the rest is on stable storage: what is
-        cut short, by a power cut too, does not boot. Stale data is wiped from the disk's last MiB
-        (second GPT, md 0.90 and 1.0, ZFS) and, behind the content, from the first MiB of where a
-        next partition would begin: there lie all signatures that could revive an old one.
+        Zeroes become holes of a file and real zeroes of anything else. The first MiB is withheld
+        until finish(): what is cut short, by a power cut too, does not boot. Stale data is wiped
+        from the disk's last MiB (second GPT, md 0.90 and 1.0, ZFS) and, behind the content, from
+        the first MiB of where a next partition would begin: there lie all signatures that could
+        revive an old one.
         """
         progress = log.Progress(f"writing {self.label}", total_bytes)
-        head, end = bytearray(), 0
+        end = start
         with closing(content):
             first = next(content, b"")  # what fails at once leaves the disk as it was
             with self.opened(writable=True) as handle:
-                if isinstance(handle, Local) and handle.is_file:
-                    handle.empty()
-                else:
-                    _wipe_ends(handle)
+                if start == 0:
+                    self._begin(handle)
                 for block in chain((first,), content):
                     following = end + _length(block)
                     if following > self.size_bytes:
-                        raise _too_small(self, following + sum(map(_length, content)))
+                        raise Error(
+                            f"{self.label}: the dump's bytes do not fit on a disk of"
+                            f" {log.size(self.size_bytes)} ({self.size_bytes} bytes)",
+                            f"use --disk {self.disk.index}:size= with the size of the dumped disk",
+                        )
                     held = max(0, min(following, MIB) - end)
-                    head += bytes(held) if isinstance(block, int) else block[:held]
+                    if held and self.head is not None and not isinstance(block, int):
+                        self.head[end : end + held] = block[:held]
                     for offset, piece in _pieces(block, held):
                         if isinstance(piece, int):
                             handle.zero(end + offset, piece)
@@ -96,12 +117,62 @@ class Target:
                             handle.write(end + offset, piece)
                     end = following
                     progress.update(end)
-                behind = min(self.size_bytes, -(-end // MIB) * MIB + MIB)
+                behind = min(self.size_bytes, max(MIB, -(-end // MIB) * MIB + MIB))
                 handle.zero(end, behind - end)
-                handle.sync()
-                handle.write(0, bytes(head))
+                _forget_emptiness(handle)
         progress.end()
         return end
+
+    def _begin(self, handle: Handle) -> None:
+        if isinstance(handle, Local) and handle.is_file:
+            handle.empty()
+        if not (isinstance(handle, Local) and handle.is_empty):
+            _wipe_ends(handle)
+        handle.sync()
+        self.head = bytearray(min(MIB, self.size_bytes))
+
+    def share(self, image: Local) -> int:
+        """Let a file share the image's blocks behind the first MiB; return where that ends, or 0.
+
+        What follows is for fill(), and so is all of it where nothing can be shared.
+        """
+        with self.opened(writable=True) as handle:
+            if not isinstance(handle, Local) or not handle.is_file or image.size_bytes <= MIB:
+                return 0
+            self._begin(handle)
+            end = handle.clone(image, MIB)
+        if end == MIB or self.head is None:
+            return 0
+        self.head[:] = image.read(0, MIB)
+        return end
+
+    def finish(self) -> None:
+        """Write the first MiB when all else is on stable storage, its first sectors last of all."""
+        if self.head is None:
+            return
+        head, self.head = bytes(self.head), None
+        with self.opened(writable=True) as handle:
+            for start, end in ((FIRST_BYTES, len(head)), (0, FIRST_BYTES)):
+                handle.sync()
+                handle.write(start, head[start:end])
+            handle.sync()
+
+
+@contextmanager
+def hold(target: Target) -> Iterator[None]:
+    """Open the disk once for all of a door and keep other runs of ours off it."""
+    with ExitStack() as stack:
+        if target.disk.path is not None:
+            handle: Handle = stack.enter_context(local.held(target.disk.path))
+        else:
+            handle = stack.enter_context(nbd.connect(str(target.disk.uri), writable=True))
+        if handle.size_bytes != target.size_bytes:
+            raise Error(f"{target.label}: its size has changed meanwhile", "run this again")
+        target.held = handle
+        try:
+            yield
+        finally:
+            target.held = None
 
 
 @contextmanager
@@ -116,16 +187,23 @@ def _opened(disk: Disk, *, writable: bool) -> Iterator[Handle]:
         raise Error(f"{disk.label}: neither a path nor a URI is known")
 
 
+def _forget_emptiness(handle: Handle) -> None:
+    if isinstance(handle, Local):
+        handle.is_empty = False
+
+
 def _wipe_ends(handle: Handle) -> None:
     length = min(MIB, handle.size_bytes)
     handle.zero(0, length)
     handle.zero(handle.size_bytes - length, length)
 
 
-def _blocks(handle: Handle) -> Blocks:
+def _blocks(handle: Handle, first: int = 0) -> Blocks:
     for start, end, is_data in handle.extents():
-        if not is_data:
+        start = max(start, first)
+        if not is_data and start < end:
             yield end - start
+        if not is_data:
             continue
         for offset in range(start, end, BLOCK_BYTES):
             yield handle.read(offset, min(BLOCK_BYTES, end - offset))
@@ -170,12 +248,10 @@ def open_target(disk: Disk) -> Target:
         return Target(disk, handle.size_bytes, is_device)
 
 
-def require(disk: Disk, image_size_bytes: int) -> Target:
-    """Return the disk as a target; Error with both sizes unless the image fits."""
-    target = open_target(disk)
+def require(target: Target, image_size_bytes: int) -> None:
+    """Raise an Error with both sizes unless the image fits."""
     if image_size_bytes > target.size_bytes:
         raise _too_small(target, image_size_bytes)
-    return target
 
 
 def _too_small(target: Target, needed_bytes: int) -> Error:
@@ -203,20 +279,21 @@ def claim(target: Target) -> Iterator[None]:
 
 
 def write(source: BinaryIO, target: Target) -> None:
-    """Put the raw image `source`, a regular file, on the disk: a reflink where that is possible."""
+    """Put the raw image `source`, a regular file, on the disk: a reflink where that is possible.
+
+    The disk's first MiB is withheld until target.finish().
+    """
     image = Local(source.fileno(), str(source.name))
-    if image.size_bytes > target.size_bytes:
-        raise _too_small(target, image.size_bytes)
-    if target.disk.path is not None and not target.is_device:
-        with target.opened(writable=True) as handle:
-            if isinstance(handle, Local) and handle.clone(image):
-                return
-    target.fill(_blocks(image), image.size_bytes)
+    require(target, image.size_bytes)
+    start = target.share(image)
+    target.fill(_blocks(image, start), image.size_bytes, start)
 
 
 def wipe_head(target: Target) -> None:
     """Make the disk unbootable: no first MiB, no second GPT in the last one; synced."""
+    target.head = None
     with target.opened(writable=True) as handle:
+        _forget_emptiness(handle)
         _wipe_ends(handle)
         handle.sync()
 
@@ -226,18 +303,24 @@ def unbootable_on_failure(target: Target) -> Iterator[None]:
     """Wipe the disk's head if the block fails after the first byte; its exception goes on."""
     try:
         yield
-    except BaseException:
+    except BaseException as failure:
         if target.touched:
+            words = describe(failure) if isinstance(failure, OSError) else str(failure)
+            log.step(f"failed: {words or type(failure).__name__}")
             try:
                 wipe_head(target)
             except (Error, OSError) as error:
                 words = describe(error) if isinstance(error, OSError) else str(error)
                 log.warning(f"{target.label}: its head could not be wiped, it may boot: {words}")
+            else:
+                log.step(f"{target.label}: made unbootable, its first and last MiB are zeroes")
         raise
 
 
 def sync(target: Target) -> None:
-    """Return when the disk is on stable storage; writes to a URI were flushed one by one."""
-    if target.disk.path is not None:
+    """Return when the disk is on stable storage, its withheld head last."""
+    if target.head is not None:
+        target.finish()
+    elif target.disk.path is not None:  # writes to a URI were flushed as it was closed
         with target.opened(writable=False) as handle:
             handle.sync()

@@ -78,7 +78,8 @@ def image(path: Path) -> Path:
 
 def create(source: Path, place: Path) -> disk.Target:
     with open(source, "rb") as file:
-        target = disk.require(Disk(0, place), os.fstat(file.fileno()).st_size)
+        target = disk.open_target(Disk(0, place))
+        disk.require(target, os.fstat(file.fileno()).st_size)
         with disk.unbootable_on_failure(target):
             with disk.claim(target):
                 disk.write(file, target)

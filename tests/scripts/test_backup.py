@@ -244,8 +244,8 @@ def test_a_smaller_disk(door: Door, disk: Make, dumps: dict[str, Path], packer: 
     result = restore(door, dumps[packer], target)
     assert result.status == 1
     assert result.error == (
-        f"ERROR: importing to {target}: {target}: {MIBS} MiB ({SIZE} bytes) do not fit on a disk of"
-        f" 16 MiB ({16 * MIB} bytes); use --disk 0:size={MIBS}M"
+        f"ERROR: importing to {target}: {target}: the dump's bytes do not fit on a disk of"
+        f" 16 MiB ({16 * MIB} bytes); use --disk 0:size= with the size of the dumped disk"
     )
     assert head_is_zero(target)
 
