@@ -5,11 +5,14 @@ FUZZ_EXAMPLES=100000 makes it a long run (about ten minutes).
 
 from __future__ import annotations
 
+import gzip
 import os
 import struct
+import tarfile
 import zlib
 from functools import cache
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +20,11 @@ from lib.decoder import image
 from lib.decoder.source import Source
 from lib.errors import Error
 from tests import corpus
+from tests.decoding import coming, decoded
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 LIMIT = 1 << 44
+DOOR = 1 << 30
 DISK = corpus.base()[: corpus.MIB] + b"\x01" * 70_000 + bytes(512 * 5 - 70_000 % 512)
 
 
@@ -176,3 +181,56 @@ def test_descriptors(lines: list[str]) -> None:
         answer(descriptor, "vmdk")
     finally:
         os.close(descriptor)
+
+
+def _packed(data: bytes, layer: str) -> bytes:
+    if layer == "gz":
+        return gzip.compress(data, 1)
+    if layer == "tar":
+        info = tarfile.TarInfo("disk.raw")
+        info.size = len(data)
+        return info.tobuf() + data + bytes(-len(data) % 512 + 1024)
+    return data
+
+
+@settings(fuzz, max_examples=max(10, EXAMPLES // 50), deadline=20_000)
+@given(
+    st.sampled_from(sorted(SEEDS)),
+    patches,
+    st.sampled_from(("", "gz", "tar")),
+    patches,
+    st.booleans(),
+)
+def test_the_whole_door(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    changes: list[tuple[int, bytes]],
+    layer: str,
+    later: list[tuple[int, bytes]],
+    is_coming: bool,
+) -> None:
+    """Bytes in, verdict out, in the sandbox: the image is changed, and what is around it."""
+    data = _packed(_changed(SEEDS[name], changes), layer)
+    data = _changed(data, later[:1]) if layer else data
+    image = tmp_path_factory.mktemp("door") / "image"
+    image.write_bytes(data)
+    try:
+        path = coming(image, data, limit_bytes=DOOR) if is_coming else decoded(image, "auto", DOOR)
+    except Error as error:
+        said = str(error)
+        assert said.isascii()
+        assert said.isprintable()
+        assert "no answer" not in said
+    else:
+        status = (path or image).stat()
+        assert 0 < status.st_size <= DOOR
+        assert status.st_size % 512 == 0
+
+
+def _changed(data: bytes, changes: list[tuple[int, bytes]]) -> bytes:
+    made = bytearray(data)
+    for offset, change in changes:
+        place = offset % len(made)
+        change = change[: len(made) - place]
+        made[place : place + len(change)] = change
+    return bytes(made)
