@@ -38,7 +38,7 @@ def guard(action: Callable[[], None], debug: bool) -> int:
         action()
     except Error as error:
         if debug:
-            traceback.print_exc()
+            _trace(error)
         for line in error.lines:
             log.error(line)
         return STATUS_FAILED
@@ -51,14 +51,26 @@ def guard(action: Callable[[], None], debug: bool) -> int:
         return STATUS_FAILED
     except OSError as error:
         if debug:
-            traceback.print_exc()
+            _trace(error)
         log.error(describe(error))
         return STATUS_FAILED
     except Exception as error:
-        traceback.print_exc()
+        _trace(error)
         log.error(f"this is a bug: {type(error).__name__}: {error}")
         return STATUS_BUG
     return 0
+
+
+def _trace(error: Optional[BaseException]) -> None:
+    """Print where the error and what led to it were raised, but not their texts.
+
+    Those of the libraries quote URLs with what must not be seen.
+    """
+    sys.stderr.write("Traceback, the last failure first:\n")
+    while error is not None:
+        sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
+        sys.stderr.write(f"{type(error).__name__}\n")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def prepare() -> None:

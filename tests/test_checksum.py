@@ -22,6 +22,9 @@ NAME = "debian-12-genericcloud-amd64.qcow2"
 
 FOUND = {
     "gnu": f"{B}  other.qcow2\n{A}  {NAME}\n",
+    "byte-order-mark": f"\ufeff{A}  {NAME}\n",
+    "openssl": f"SHA256({NAME})= {A}\n",
+    "openssl-3": f"SHA2-256({NAME})= {A}\n",
     "gnu-one-space": f"{A} {NAME}\n",
     "gnu-binary": f"{A} *{NAME}\n",
     "gnu-crlf": f"{A}  {NAME}\r\n",
@@ -284,3 +287,26 @@ def test_nothing_is_left_behind(gpg: Gpg, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Error):
         checksum.clearsigned(LIST, gpg.binary)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_a_url_encodes() -> None:
+    text = f"{A}  my image.qcow2\n{B}  other\n".encode()
+    assert checksum.find(text, "my%20image.qcow2") == ("sha256", A)
+
+
+@pytest.mark.parametrize("suffix", [".sha256", ".SHA256SUM", ".sha256.txt"])
+def test_a_list_called_after_the_image_names_the_build(suffix: str) -> None:
+    text = f"{A}  Leap-15.6-Build19.75.qcow2\n".encode()
+    assert checksum.find(text, "Leap-15.6.qcow2", f"Leap-15.6.qcow2{suffix}") == ("sha256", A)
+    assert checksum.find(text, "Leap-15.6.qcow2", f"Leap-15.6{suffix}") == ("sha256", A)
+    for other in ("SHA256SUMS", f"Leap-15.7.qcow2{suffix}", "Leap-15.6.qcow2.asc"):
+        with pytest.raises(Error, match="does not name"):
+            checksum.find(text, "Leap-15.6.qcow2", other)
+
+
+def test_a_keyring_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    keyring = tmp_path / "keyring.gpg"
+    keyring.write_bytes(b"x")
+    keyring.chmod(0o666)
+    with pytest.raises(Error, match="others than root can write this file"):
+        checksum.verify_detached(b"data", b"signature", keyring)

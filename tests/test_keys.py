@@ -99,3 +99,12 @@ def test_every_bad_line_is_named() -> None:
 def test_not_text() -> None:
     with pytest.raises(Error, match="ssh_keys: is not text; write OpenSSH public keys"):
         keys.parse(b"\xff\xfe")
+
+
+def test_two_keys_on_one_line_are_refused() -> None:
+    """The second would be the first one's comment, and its owner locked out."""
+    key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
+    for between in (" ", ",", ", "):
+        with pytest.raises(Error):
+            keys.parse(f"{key}{between}{key}".encode())
+    assert keys.parse(f"{key} me, and no other".encode()) == [f"{key} me, and no other"]

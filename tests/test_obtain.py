@@ -454,3 +454,29 @@ def test_what_was_decoded_is_not_kept_without_its_digest(
         with pytest.raises(Error, match="its sha256 is "):
             node.image(server.url("/image"), checksum="sha256:" + "0" * 64)
     assert [path for path in node.cache.iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"image": "http://evil?x=@good/img.raw"}, {"image": "http://good/img.raw"}),
+        ({"image": "http://h/i?b=1"}, {"image": "http://h/i?b=2"}),
+        (
+            {"image": "http://h/i", "checksum": "http://h/list?b=1"},
+            {"image": "http://h/i", "checksum": "http://h/list?b=2"},
+        ),
+        (
+            {"image": "http://h/i", "checksum": "http://h/list#a"},
+            {"image": "http://h/i", "checksum": "http://h/list#b"},
+        ),
+    ],
+)
+def test_two_urls_are_two_entries(first: dict[str, str], second: dict[str, str]) -> None:
+    def key(parameters: dict[str, str]) -> str:
+        variables = {f"OSP_{name.upper()}": value for name, value in parameters.items()}
+        job = params.parse(Environment.from_environ(variables))
+        return obtain._remote_key(job, str(job.source().url))
+
+    assert key(first) != key(second)
+    with_user = {name: value.replace("://", "://me:pw@") for name, value in first.items()}
+    assert key(with_user) == key(first)

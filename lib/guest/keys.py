@@ -32,6 +32,9 @@ def parse(data: bytes) -> list[str]:
     return keys
 
 
+_SECOND_KEY = re.compile(r"(^|[\s,;])(ssh|ecdsa|sk)-[a-z0-9@.-]+\s+AAAA")
+
+
 def _key(line: str) -> str:
     """Return one key with single spaces between options, type, key and comment."""
     if "PRIVATE KEY" in line:
@@ -45,6 +48,8 @@ def _key(line: str) -> str:
         if re.fullmatch(r"(ssh|ecdsa|sk)-[a-z0-9@.-]+", kind):
             if len(words) < 2 or not _is_blob(kind, words[1]):
                 raise Error(f"the {kind[:50]} key is damaged or cut", "copy the whole line again")
+            if len(words) > 2 and _SECOND_KEY.search(words[2]):
+                raise Error("a second key behind the first", "give one public key a line")
             return " ".join([*front, *words])
     raise Error("no OpenSSH public key", "write it as ssh-ed25519 AAAA... comment")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lib.errors import Error, describe, several
-from lib.log import printable
+from lib.log import printable, redact
+from lib.settings import url
 
 BUNDLE = Path(__file__).resolve().parent.parent.parent
 DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
@@ -116,6 +117,13 @@ def duration_s(value: str) -> float:
     return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
+def _timeout_s(value: str) -> float:
+    seconds = duration_s(value)
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError("a duration from 0.1s to 1h, such as 60s")
+    return seconds
+
+
 def _age_s(value: str) -> float:
     return duration_s(value + "d" if value.isdecimal() else value)
 
@@ -143,9 +151,15 @@ def _optional_path(value: str) -> Optional[Path]:
 
 
 def _proxy(value: str) -> Optional[str]:
-    if value and not re.fullmatch(r"https?://[\x21-\x7e]+", value):
-        raise ValueError("a URL such as http://proxy.example.com:3128")
-    return value or None
+    if not value:
+        return None
+    try:
+        url.parse(value)
+    except Error:
+        raise ValueError(
+            "a URL such as http://proxy.example.com:3128 (in a password write @ as %40)"
+        ) from None
+    return value
 
 
 def _count(value: str) -> int:
@@ -167,8 +181,8 @@ _SETTINGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("cache", "max_age", _age_s, "30d"),
     ("http", "proxy", _proxy, ""),
     ("http", "ca_bundle", _optional_path, ""),
-    ("http", "connect_timeout", duration_s, "10s"),
-    ("http", "read_timeout", duration_s, "60s"),
+    ("http", "connect_timeout", _timeout_s, "10s"),
+    ("http", "read_timeout", _timeout_s, "60s"),
     ("http", "retries", _count, "5"),
     ("image", "require_checksum", yes_no, "no"),
     ("image", "max_virtual_size", size_bytes, "256G"),
@@ -214,7 +228,7 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
         try:
             values[f"{section}_{key}"] = parse(value)
         except ValueError as error:
-            problems.append(f"{path}: [{section}] {key}={value}: must be {error}")
+            problems.append(f"{path}: [{section}] {key}={redact(value)}: must be {error}")
     if problems:
         raise several(problems)
     return Config(**values, defaults=given.get("defaults", {}), source=path)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
+from urllib.parse import unquote
 
 from lib import log
-from lib.settings import config
+from lib.errors import Error
+from lib.settings import config, url
 
 FORMATS = ("auto", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 DEBIAN_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}
@@ -32,7 +34,12 @@ class Location:
     @property
     def file_name(self) -> str:
         """The last component, which a checksum list calls the file by."""
-        return re.split(r"[?#]", str(self.path or self.url), maxsplit=1)[0].rpartition("/")[2]
+        return (str(self.path) if self.url is None else url.parse(self.url).path).rpartition("/")[2]
+
+    @property
+    def fragment(self) -> str:
+        """What stands behind a URL's #: for a checksum list, the name to look for in it."""
+        return "" if self.url is None else unquote(url.parse(self.url).fragment)
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,12 @@ def location(value: str) -> Location:
     if colon and scheme.lower() == "file":
         if not rest.startswith("/"):
             raise ValueError("file:///absolute/path (a file on this node)")
-        return Location(path=Path(rest))
+        return Location(path=Path(unquote(rest)))
     if colon and scheme.lower() in ("http", "https"):
-        if not re.match(
-            r"([^/?#]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?#]|$)", rest
-        ):
-            raise ValueError("a URL with a host name, https://HOST/PATH")
+        try:
+            url.parse(value)
+        except Error:
+            raise ValueError("a URL with a host name, https://HOST/PATH") from None
         return Location(url=f"{scheme.lower()}://{rest}")
     raise ValueError("an absolute path, or a file://, http:// or https:// URL")
 

@@ -167,7 +167,8 @@ class Cache:
         if not stat.S_ISDIR(self.directory.lstat().st_mode):
             raise Error("is a symbolic link or no directory", SAFE)
         real = self.directory.resolve()
-        for path in (real, *real.parents):
+        # as it resolves now, and each name on the way, for whoever owns a link's folder can turn it
+        for path in (real, *real.parents, *self.directory.parents):
             status = path.stat()
             if status.st_uid != os.geteuid() and (path == real or status.st_uid != 0):
                 raise Error(f"{path} belongs to user {status.st_uid}", SAFE)

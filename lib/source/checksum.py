@@ -12,15 +12,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Optional, Union
+from urllib.parse import unquote
 
 from lib import run
 from lib.errors import Error, describe
+from lib.settings.config import require_trusted
 
 Digest = tuple[str, str]  # ("sha256" or "sha512", lower-case hex)
 
 _ALGORITHMS = {64: "sha256", 128: "sha512"}  # by the number of hex digits
 _BLOCK_BYTES = 1 << 20
-_BSD = re.compile(rb"(SHA256|SHA512) \((.+)\) = ([0-9A-Fa-f]+)")
+# BSD's, and openssl's: SHA256(name)= HEX, with openssl 3 SHA2-256(name)= HEX
+_BSD = re.compile(rb"SHA(?:2-)?(256|512) ?\((.+)\) ?= ?([0-9A-Fa-f]+)")
+_LIST_SUFFIX = re.compile(r"\.(sha256|sha512)(sum|sums)?(\.txt)?", re.IGNORECASE)
 _GNU = re.compile(rb"([0-9A-Fa-f]+)(?: [ *]?(.+))?")  # without a name: a bare hash
 
 # gpgv hashes an image of any size: minutes are in order
@@ -37,29 +41,47 @@ _REFUSALS = {
 _BROKEN_HASHES = ("1", "2", "3")  # MD5, SHA-1, RIPEMD-160: RFC 9580, section 9.5
 
 
-def find(text: bytes, name: str) -> Digest:
+def find(text: bytes, name: str, list_name: str = "") -> Digest:
     """Return the digest of the file `name` in a checksum list.
 
     The list has GNU lines ("HEX  name", "HEX name", "HEX *name"), BSD lines ("SHA256 (name) = HEX")
-    or is one bare hash; other lines (comments, the frame of a clearsigned document) are passed
+    or openssl's, or is one bare hash; other lines (comments, the frame of a clearsigned document)
+    are passed
     over, which can only make a name missing. The name is matched as a whole, a leading "./"
     apart: by its last component alone, a signed list of a tree would vouch for an older image of
-    the same name. With both digests the longer one counts.
+    the same name. Percent-encoded names of URLs stand for what they encode. A list with one entry
+    that is itself called after the image (NAME.sha256: `list_name`) speaks of it whatever it calls
+    it: vendors name the build there that an alias stands for. With both digests the longer one
+    counts.
     """
-    entries = list(_entries(text))
+    entries = list(_entries(text.removeprefix(b"\xef\xbb\xbf")))
     if not entries:
         raise Error(f"the checksum list {_kind(text)}", "check its address")
     if len(entries) == 1 and entries[0][1] is None:
         return entries[0][0]
-    wanted = name.encode("utf-8", "surrogateescape")
-    found = {digest for digest, listed in entries if listed in (wanted, b"./" + wanted)}
+    if len(entries) == 1 and _is_called_after(list_name, name):
+        return entries[0][0]
+    names = {each.encode("utf-8", "surrogateescape") for each in (name, unquote(name))}
+    names |= {b"./" + each for each in names}
+    found = {digest for digest, listed in entries if listed in names}
     if not found:
-        names = {(listed or b"").decode("utf-8", "backslashreplace") for _, listed in entries}
-        near = difflib.get_close_matches(name, sorted(names)[:1000], 1) or sorted(names)
-        raise Error(f"the checksum list does not name {name}", f"it names {near[0][:120]!r}")
+        known = sorted((listed or b"").decode("utf-8", "backslashreplace") for _, listed in entries)
+        near = difflib.get_close_matches(name, known[:1000], 1) or known
+        raise Error(
+            f"the checksum list does not name {name or 'the image'}",
+            f"it names {near[0][:120]!r}; if that is it, write checksum=LIST#NAME",
+        )
     if len(found) > len({algorithm for algorithm, _ in found}):
         raise Error(f"the checksum list has two different digests of {name}")
     return max(found)
+
+
+def _is_called_after(list_name: str, name: str) -> bool:
+    for beside in (name, name.rpartition(".")[0]):
+        rest = list_name[len(beside) :]
+        if beside and list_name.startswith(beside) and _LIST_SUFFIX.fullmatch(rest):
+            return True
+    return False
 
 
 def _entries(text: bytes) -> Iterator[tuple[Digest, Optional[bytes]]]:
@@ -73,7 +95,7 @@ def _entries(text: bytes) -> Iterator[tuple[Digest, Optional[bytes]]]:
         else:
             continue
         algorithm = _ALGORITHMS.get(len(digits))
-        if algorithm is not None and tag in (None, algorithm.upper().encode()):
+        if algorithm is not None and tag in (None, algorithm[3:].encode()):
             yield (algorithm, digits.decode().lower()), name
 
 
@@ -179,6 +201,7 @@ def _keys(keyring: Path) -> bytes:
     passed over, as RFC 9580 (section 6.1) has it: a damaged key verifies nothing.
     """
     try:
+        require_trusted(keyring)
         data = keyring.read_bytes()
     except OSError as error:
         raise Error(f"the keyring cannot be read: {describe(error)}") from error

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Optional
 
 from lib import log, run
 from lib.errors import context
+from lib.settings import url
 from lib.settings.config import Config
 from lib.settings.params import Job
 from lib.settings.values import Digest, Location
@@ -49,13 +50,14 @@ def raw_image(job: Job) -> Iterator[Raw]:
     """Hand out the image of the job; for as long as the block lasts, the cache keeps it."""
     source = job.source()
     job.require_checksum()
+    _warn_unverified(job)
     with ExitStack() as stack:
         refresh: cache.Refresh
         if source.path is None:
-            url = str(source.url)
+            address = str(source.url)
             if not isinstance(job.checksum, tuple):  # a pinned digest may need no server
                 fetch.prepare(locations.options(job.config))
-            key, refresh = _remote_key(job, url), partial(_refresh, job, url)
+            key, refresh = _remote_key(job, address), partial(_refresh, job, address)
         else:
             file = stack.enter_context(locations.open_image(job, source.path))
             if not _is_roots(file):
@@ -84,7 +86,9 @@ def expected_digest(job: Job) -> Optional[Digest]:
         elif isinstance(job.signature, Location):
             signature = locations.read(job.signature, job.config, LIST_LIMIT_BYTES)
             checksum.verify_detached(listing, signature, job.keys())
-        return checksum.find(listing, job.source().file_name)
+        return checksum.find(
+            listing, job.checksum.fragment or job.source().file_name, job.checksum.file_name
+        )
 
 
 def _check_signature(job: Job, file: BinaryIO) -> None:
@@ -103,31 +107,31 @@ def _warn_unverified(job: Job) -> None:
 # --- http(s) ---------------------------------------------------------------------------------
 
 
-def _remote_key(job: Job, url: str) -> str:
+def _remote_key(job: Job, address: str) -> str:
     """Return what the entry is known by: the URL, and who vouches for what comes from there.
 
     While a list cannot be had, only what that list named, under the same signature and keys, may
     take its place. A pinned digest is compared with the entry's own, whoever asked for it first.
     """
-    key = {"url": _bare(url), "format": job.format}
+    key = {"url": url.parse(address).bare, "format": job.format}
     if isinstance(job.checksum, Location):
-        key["checksum"] = str(job.checksum)
+        key["checksum"] = _whole(job.checksum)
+        key["name"] = job.checksum.fragment
     if job.signature is not None:
-        key["signature"] = str(job.signature)
+        signature = job.signature
+        key["signature"] = _whole(signature) if isinstance(signature, Location) else signature
         with context("reading the keyring"), locations.open_file(job.keys()) as file:
             key["keyring"] = hashlib.sha256(file.read()).hexdigest()
     return json.dumps(key, sort_keys=True)
 
 
-def _bare(url: str) -> str:
-    """Return the URL without user and password."""
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+def _whole(location: Location) -> str:
+    """Return the path, or the whole URL but for user and password: the key is never in clear."""
+    return str(location.path) if location.url is None else url.parse(location.url).bare
 
 
 def _refresh(
-    job: Job, url: str, old: Optional[cache.Note], work: Path
+    job: Job, address: str, old: Optional[cache.Note], work: Path
 ) -> Optional[tuple[Path, cache.Note]]:
     """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
     try:
@@ -135,7 +139,7 @@ def _refresh(
         if old and expected and old["digests"].get(expected[0]) == expected[1]:
             log.step(f"image: {job.source()} is in the cache ({expected[0]} as expected)")
             return None
-        return _fetch(job, url, expected, old if expected is None else None, work)
+        return _fetch(job, address, expected, old if expected is None else None, work)
     except fetch.Unavailable as error:
         if old is None or isinstance(job.checksum, tuple):
             raise
@@ -144,14 +148,14 @@ def _refresh(
 
 
 def _fetch(
-    job: Job, url: str, expected: Optional[Digest], known: Optional[cache.Note], work: Path
+    job: Job, address: str, expected: Optional[Digest], known: Optional[cache.Note], work: Path
 ) -> Optional[tuple[Path, cache.Note]]:
     """Download, verify and decode; None if the server says that the known entry is current."""
     algorithm = expected[0] if expected else "sha256"
     path = work / "download"
     with path.open("w+b") as file, _Decoding(job, file, work) as decoding:
         response = fetch.download(
-            url,
+            address,
             file,
             locations.options(job.config),
             algorithms=(algorithm,),
@@ -164,7 +168,6 @@ def _fetch(
             log.step(f"image: {job.source()} is in the cache (not modified)")
             return None
         decoding.complete()
-        _warn_unverified(job)
         if expected is not None:
             actual = response.digests[algorithm]
             if actual != expected[1] and isinstance(job.checksum, Location):
@@ -179,7 +182,7 @@ def _fetch(
         raw = path
         run.run(["fallocate", "--dig-holes", os.fspath(raw)])
     return raw, {
-        "url": log.redact(_bare(url)),
+        "url": log.redact(url.parse(address).bare),
         "digests": dict(response.digests),
         "etag": response.etag,
         "last_modified": response.last_modified,
@@ -197,7 +200,6 @@ def _check_local(job: Job, file: BinaryIO) -> None:
     if expected is not None:
         checksum.check(expected, checksum.digest(file, expected[0]), str(job.source()))
     _check_signature(job, file)
-    _warn_unverified(job)
 
 
 def _local_key(job: Job, file: BinaryIO) -> str:

@@ -8,6 +8,8 @@ and look up netrc for every host on the way.
 from __future__ import annotations
 
 import email.utils
+import netrc
+import os
 import re
 import signal
 import socket
@@ -22,16 +24,15 @@ from netrc import NetrcParseError
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Optional
-from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import urljoin
 
 from lib import __version__, log
 from lib.errors import Error, describe
+from lib.settings.url import Credentials, Url, parse
 
 if TYPE_CHECKING:
     import requests
     from requests.adapters import HTTPAdapter
-
-Credentials = tuple[bytes, bytes]  # user and password, not encoded
 
 BLOCK_BYTES = 256 << 10
 MAX_REDIRECTS = 5
@@ -123,8 +124,8 @@ class Session:
         The credentials of the URL, else of ~/.netrc, are for its scheme, host and port alone.
         """
         shown = first = log.redact(url)
-        url, auth = _split(url, shown)
-        auth = auth or _netrc(url)
+        parsed = parse(url)
+        url, auth = parsed.bare, parsed.credentials or _netrc(parsed)
         for _hop in range(MAX_REDIRECTS + 1):
             with closing(self._send(url, headers, auth, shown)) as response:
                 status, header = response.status_code, response.headers
@@ -132,7 +133,7 @@ class Session:
                     yield Answer(status, header, response, shown, self.options)
                     return
                 target = _redirected(url, header.get("Location", ""), shown)
-            if _origin(target) != _origin(url):
+            if parse(target).origin != parse(url).origin:
                 auth = None
             url, shown = target, f"{first} -> {log.redact(target)}"
         raise Error(f"{first}: more than {MAX_REDIRECTS} redirects", "check the URL")
@@ -165,7 +166,10 @@ def session(options: Options) -> Iterator[Session]:
     except ImportError as error:
         raise Error("requests: not installed", "install the package python3-requests") from error
     if options.proxy is not None:
-        _split(options.proxy, f"proxy {log.redact(options.proxy)}")
+        try:
+            parse(options.proxy)
+        except Error as error:
+            raise Error(f"proxy {error.message}", error.hint) from error
     if options.ca_bundle is not None:
         try:
             ssl.create_default_context(cafile=options.ca_bundle)
@@ -175,40 +179,20 @@ def session(options: Options) -> Iterator[Session]:
         yield Session(options, adapter)
 
 
-def _split(url: str, shown: str) -> tuple[str, Optional[Credentials]]:
-    """Return the URL as it may be sent and logged, and the user and password that were in it."""
+def _netrc(url: Url) -> Optional[Credentials]:
+    """Return the host's own entry in ~/.netrc; ~ is root's home, HOME set or not (expanduser).
+
+    Never the `default` one: it would go to whatever host an OS parameter names.
+    """
+    path = os.path.expanduser("~/.netrc")
     try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 (raises ValueError)
-    except ValueError as error:
-        # the password may hold what ends a host name, so nothing before the last @ is shown
-        shown = re.sub(r"//.*@", "//***@", shown)
-        raise Error(f"{shown}: is malformed", "write % in a password as %25, / as %2F") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Error(f"{shown}: is not an http or https URL")
-    host = parts.netloc.rpartition("@")[2]
-    bare = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-    if not parts.username:
-        return bare, None
-    return bare, (unquote(parts.username).encode(), unquote(parts.password or "").encode())
-
-
-def _netrc(url: str) -> Optional[Credentials]:
-    """Return the host's entry in ~/.netrc; ~ is root's home, HOME set or not (expanduser)."""
-    from requests.utils import get_netrc_auth
-
-    try:
-        found = get_netrc_auth(url, raise_errors=True)
+        hosts = netrc.netrc(path).hosts if os.path.exists(path) else {}
     except NetrcParseError as error:  # its text may quote a password
         raise Error(f"~/.netrc: line {error.lineno} is malformed", "correct it") from error
     except OSError as error:
         raise Error(f"~/.netrc: {describe(error)}") from error
-    return (found[0].encode(), found[1].encode()) if found else None
-
-
-def _origin(url: str) -> tuple[str, Optional[str], int]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    found = hosts.get(url.host) if url.host != "default" else None
+    return (found[0].encode(), (found[2] or "").encode()) if found else None
 
 
 def _redirected(url: str, location: str, shown: str) -> str:
@@ -219,7 +203,10 @@ def _redirected(url: str, location: str, shown: str) -> str:
         target = urljoin(url, location)
     except ValueError as error:
         raise Error(f"{shown}: redirects to a malformed URL", "check the URL") from error
-    target, _credentials = _split(target, f"{shown} -> {log.redact(target)}")
+    try:
+        target = parse(target).bare
+    except Error as error:
+        raise Error(f"{shown} -> {error.message}", error.hint) from error
     if url.startswith("https:") and target.startswith("http:"):
         raise Error(
             f"{shown}: redirects from https to {log.redact(target)}",
