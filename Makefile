@@ -85,6 +85,9 @@ install:
 	test -e $(CONFIG)/variants.list || install -m 644 variants.list $(CONFIG)
 	ln -sfn $(SYSCONFDIR)/ganeti/instance-cloudimage/variants.list $(BUNDLE)/variants.list
 	ln -sfn ../share/ganeti/os/cloudimage/lib/cloudimage $(COMMAND)
+	@for name in $$(cat variants.list); do grep -qx "$$name" $(CONFIG)/variants.list || \
+	  echo "variants.list is older and does not name $$name: Ganeti will not offer it until you add it"; done
+	@echo "installed cloudimage $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lib/__init__.py)"
 
 uninstall:
 	rm -rf $(BUNDLE)

@@ -1,3 +1,3 @@
 """instance-cloudimage: a Ganeti OS provider for vendors' cloud images."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -38,6 +38,7 @@ def create(env: Environment) -> None:
     target = disk.open_target(first)
     for phase in hooks.PHASES:
         hooks.find(params.config_directory(env), phase)
+    hooks.warn(params.config_directory(env))
     log.step(f"create: {job.source()} for {name} on {first.label}")
     with _workspace() as work:
         texts = work / "seed"

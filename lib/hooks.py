@@ -14,6 +14,9 @@ from lib.settings import config
 PHASES = ("pre", "post")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")  # run-parts(8)'s rule without --lsbsysinit
 
+# what editors and packagers leave, and our own README
+_LEFTOVER = re.compile(r"~$|^#|^\.|\.(dpkg|rpm|ucf)[-a-z]*$|\.sw[op]$|^README")
+
 
 def find(directory: Path, phase: str) -> list[Path]:
     """Return the hooks of a phase: the bundle's, then those of the configuration directory.
@@ -31,6 +34,25 @@ def find(directory: Path, phase: str) -> list[Path]:
         config.require_trusted(script)
         config.require_trusted(script.parent)
     return scripts
+
+
+def warn(directory: Path) -> None:
+    """Say which files look like hooks and will not run, a WARNING each, with the way out."""
+    for base in (config.BUNDLE, directory):
+        for folder in ("", *PHASES):
+            place = base / "hooks.d" / folder
+            if not place.is_dir():
+                continue
+            for path in sorted(each for each in place.iterdir() if each.is_file()):
+                if _LEFTOVER.search(path.name):
+                    continue
+                if not folder:
+                    log.warning(f"{path}: will not run; move it into pre or post beside it")
+                elif not _NAME.fullmatch(path.name):
+                    words = "will not run; use letters, digits, - and _ for its name, no dot"
+                    log.warning(f"{path}: {words}")
+                elif not os.access(path, os.X_OK):
+                    log.warning(f"{path}: will not run; chmod +x {path}, or take it away")
 
 
 def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:

@@ -81,3 +81,19 @@ def test_a_folder_that_others_can_write_is_refused(pre: Path, tmp_path: Path) ->
     pre.chmod(0o777)
     with pytest.raises(Error, match=r"hooks.d/pre: others than root can write this folder"):
         hooks.call(tmp_path, "pre", {})
+
+
+def test_what_will_not_run_is_said(
+    pre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("10-good", "20-ntp.sh", "30-old~", "40-x.dpkg-dist", "README", ".50.swp"):
+        hook(pre, name, "true")
+    hook(pre, "60-mode", "true", 0o644)
+    hook(pre.parent, "70-top", "true")
+    hooks.warn(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": will not run")[0] for line in lines] == [
+        f"WARNING: {pre.parent}/70-top",
+        f"WARNING: {pre}/20-ntp.sh",
+        f"WARNING: {pre}/60-mode",
+    ]

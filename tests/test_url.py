@@ -43,5 +43,5 @@ def test_credentials_and_name() -> None:
     ],
 )
 def test_what_is_none(text: str) -> None:
-    with pytest.raises(Error, match="is malformed|is not an http"):
+    with pytest.raises(Error, match=r"is malformed|is not an http"):
         url.parse(text)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from lib import entry, log
+from lib import __version__, entry, log
 from lib.environment import Environment
 from lib.errors import Error, several
 from lib.settings import params
@@ -23,6 +23,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     entry.prepare()
     parser = argparse.ArgumentParser(prog="cloudimage", description=__doc__)
     parser.add_argument("-d", "--debug", action="store_true", help="show each program that is run")
+    version = f"cloudimage {__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     words = "put images into the cache of this node, as create would"
     fetch = commands.add_parser("fetch", help=words, description=words)

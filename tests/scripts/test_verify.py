@@ -269,3 +269,13 @@ def test_wrong_arguments(door: Door, arguments: list[str]) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("usage: verify parameters\n")
+
+
+def test_a_pre_hook_may_bring_the_image(door: Door, tmp_path: Path) -> None:
+    missing = str(tmp_path / "comes-later")
+    assert verify(door, OSP_IMAGE=missing)[0] == 1
+    folder = door.confdir / "hooks.d/pre"
+    folder.mkdir(parents=True)
+    (folder / "10-mount").write_text("#!/bin/sh\n")
+    (folder / "10-mount").chmod(0o755)
+    assert verify(door, OSP_IMAGE=missing) == (0, [])
