@@ -169,7 +169,7 @@ def test_only_the_first_gateway_of_each_family_is_a_default_route() -> None:
 DNS = {"dns_nameservers": ["192.0.2.53", "2001:db8::53"], "dns_search": ["example.com"]}
 CARRIERS = {
     "the first NIC with a gateway": (
-        [nic(0, ip="10.0.0.2", subnet="10.0.0.0/24"), nic(1, ip="192.0.2.10", **LAN)],
+        [nic(0, ip="10.0.0.2", subnet="10.0.0.0/24"), nic(1, ip="192.0.2.10", **LAN, **LAN6)],
         [False, True],
     ),
     "else the first": ([nic(0), nic(1)], [True, False]),
@@ -186,6 +186,17 @@ def test_dns_is_all_on_one_nic(nics: list[Nic], carries: list[bool]) -> None:
     nameservers = {"addresses": ["192.0.2.53", "2001:db8::53"], "search": ["example.com"]}
     entries = v2(nics, servers=servers, search=search)
     assert [entry.get("nameservers") == nameservers for entry in entries] == carries
+
+
+def test_name_servers_are_of_the_families_of_their_nic(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """NetworkManager of EL 9.1 to 9.4 refuses a profile that has others."""
+    (subnets,) = v1([nic(ip="192.0.2.10", **LAN)], servers=["192.0.2.53", "2001:db8::53"])
+    assert subnets[0]["dns_nameservers"] == ["192.0.2.53"]
+    (entry,) = v2([nic(ip="192.0.2.10", **LAN)], servers=["2001:db8::53"])
+    assert "nameservers" not in entry
+    assert "dns_servers: 2001:db8::53 is left out, NIC 0 has no" in capsys.readouterr().err
 
 
 def test_dns_is_on_the_first_subnet_only() -> None:

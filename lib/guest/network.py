@@ -88,12 +88,31 @@ def config(
     if dns and carriers:
         # all on one NIC: some renderers keep the last list only
         carrier = min(carriers, key=lambda n: not any(each.gateway for each in links[n].static))
-        links[carrier] = replace(links[carrier], dns=dns)
+        links[carrier] = replace(links[carrier], dns=_of_its_families(links[carrier], dns))
     if version == 1:
         entries = [_version1(link) for link in links]
         entries += [_nameserver(link) for link in links if link.dns and not link.static]
         return {"version": 1, "config": entries}
     return {"version": 2, "ethernets": {link.name: _version2(link) for link in links}}
+
+
+def _of_its_families(link: _Link, dns: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Leave out name servers of a family that the NIC does not have.
+
+    NetworkManager refuses the whole profile for one (EL 9.1 to 9.4: no address at all), and the
+    guest could not reach them by it. With DHCP nobody knows what the NIC will have.
+    """
+    if link.dhcp:
+        return dns
+    families = {each.family for each in link.static}
+    servers = dns.get("nameservers", [])
+    kept = [server for server in servers if ip_address(server).version in families]
+    for server in sorted(set(servers) - set(kept)):
+        log.warning(
+            f"dns_servers: {server} is left out, NIC {link.nic.index} has no address of its family"
+        )
+    result = {"nameservers": kept, "search": dns.get("search", [])}
+    return {key: value for key, value in result.items() if value}
 
 
 def _version1(link: _Link) -> dict[str, Any]:
