@@ -19,7 +19,7 @@ TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debian-archive-keyring dmsetu
 	e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools \
 	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
-	qemu-system-x86 socat tinyproxy xfsprogs
+	qemu-system-x86 socat strace tinyproxy xfsprogs
 
 help:
 	@echo "make check      set up what the tests need, lint, and run the tests that need no root"

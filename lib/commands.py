@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,7 @@ from lib.source import locations, obtain
 
 TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
 SEED_DISK = "cidata"
+WORK_PREFIX, STALE_S = "cloudimage-", 60.0
 METAD_URL = "http://169.254.169.254/ganeti/latest"
 
 
@@ -100,8 +104,33 @@ def _seed_disk(env: Environment, job: Job) -> Optional[environment.Disk]:
 def _workspace() -> Iterator[Path]:
     """Make a private folder for the seed, in memory where the node has /run: seeds hold secrets."""
     memory = "/run" if os.access("/run", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="cloudimage-", dir=memory) as folder:
-        yield Path(folder)
+    if memory is not None:
+        _sweep(Path(memory))
+    with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=memory) as folder:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield Path(folder)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(memory: Path) -> None:
+    """Remove the folders that killed runs left: those that nobody has locked for a minute."""
+    for folder in memory.glob(f"{WORK_PREFIX}*"):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone meanwhile, or not ours
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(descriptor)
+            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def _write_texts(env: Environment, job: Job, texts: Path) -> None:
