@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -97,7 +98,6 @@ def started(
     ends; what is in `work` is of no use unless there was a result.
     """
     run.require("bwrap", "prlimit", "qemu-img", "setpriv")
-    _require_readable()
     for name in _FILES:
         (work / name).unlink(missing_ok=True)
         (work / name).touch(0o600)
@@ -113,7 +113,7 @@ def started(
         numbers = (limit_bytes, size_bytes, -1 if total_bytes is None else told.fileno())
         argv = ["/usr/bin/python3", "-I", "-S", "-B", PROGRAM, declared, *map(str, numbers)]
         write = {f"/{name}": work / name for name in _FILES}
-        sandbox = run.Sandbox({"/tmp/lib": LIB}, write, limits)
+        sandbox = run.Sandbox({"/tmp/lib": _library(work)}, write, limits)
         child = stack.enter_context(
             run.process(
                 argv, stdin=source, stderr=words, sandbox=sandbox, descriptors=[told.fileno()]
@@ -136,12 +136,20 @@ def copy_file(source: BinaryIO, copy: BinaryIO) -> None:
     run.run(["cp", "--reflink=auto", "--sparse=always", *names], descriptors=descriptors)
 
 
-def _require_readable() -> None:
-    if not LIB.stat().st_mode & 0o005 == 0o005:
-        raise Error(
-            f"{LIB}: the decoder, which runs as a user without rights, cannot read it",
-            f"chmod -R a+rX {LIB.parent}",
-        )
+def _library(work: Path) -> Path:
+    """Return the folder of our own code, readable to the sandbox's user.
+
+    A clone made by root under umask 077 is not: then it is a copy, in `work`.
+    """
+    modules = [path for path in LIB.rglob("*") if path.is_dir() or path.suffix == ".py"]
+    if all(path.stat().st_mode & 0o004 for path in (LIB, *modules)):
+        return LIB
+    copy = work / "lib"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(LIB, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return copy
 
 
 def _limits(limit_bytes: int, size_bytes: int) -> run.Limits:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -414,3 +415,24 @@ def test_what_costs_nothing_is_checked_first(
     assert "others than root can write this file" in result.error
     assert result.log.splitlines() == [result.error]
     assert target.stat().st_blocks == 0
+
+
+def test_a_clone_that_only_root_can_read(
+    door: Door, disk: Callable[..., Path], images: Path, tmp_path: Path
+) -> None:
+    """As git makes it under umask 077; the decoder is another user."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "lib", clone / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("create", "variants.d"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, clone / name)
+    for path in (clone, *clone.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o077)
+    done = subprocess.run(
+        [clone / "create"],
+        cwd=clone,
+        env=door.environment([disk()], {"OSP_IMAGE": f"{images}/gpt.qcow2"}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
