@@ -29,8 +29,9 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
 _LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=5, wall_s=10.0)
 
-# FreeBSD's nuageinit breaks on a network-config without "ethernets".
-_NO_NETWORK = {"config": "disabled", "ethernets": {}}
+# FreeBSD's nuageinit breaks on a network-config without "ethernets", cloudbase-init on one without
+# a version.
+_NO_NETWORK = {"version": 1, "config": "disabled", "ethernets": {}}
 
 # cloud-init leaves the machine-id alone, so a copy shares it with its original, and with it, under
 # systemd-networkd, the DHCP identity. A boothook, for user data cannot replace it as it would
