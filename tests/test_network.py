@@ -196,7 +196,10 @@ def test_name_servers_are_of_the_families_of_their_nic(
     assert subnets[0]["dns_nameservers"] == ["192.0.2.53"]
     (entry,) = v2([nic(ip="192.0.2.10", **LAN)], servers=["2001:db8::53"])
     assert "nameservers" not in entry
-    assert "dns_servers: 2001:db8::53 is left out, NIC 0 has no" in capsys.readouterr().err
+    six = nic(1, ip="2001:db8:1::2", subnet6="2001:db8:1::/64")
+    made = v1([nic(0, ip="192.0.2.10", **LAN), six], servers=["192.0.2.53", "2001:db8::53"])
+    assert [each[0]["dns_nameservers"] for each in made] == [["192.0.2.53"], ["2001:db8::53"]]
+    assert "dns_servers: 2001:db8::53 is left out, no NIC has" in capsys.readouterr().err
 
 
 def test_dns_is_on_the_first_subnet_only() -> None:

@@ -88,12 +88,30 @@ def config(
     if dns and carriers:
         # all on one NIC: some renderers keep the last list only
         carrier = min(carriers, key=lambda n: not any(each.gateway for each in links[n].static))
-        links[carrier] = replace(links[carrier], dns=_of_its_families(links[carrier], dns))
+        order = [carrier, *(n for n in carriers if n != carrier and not links[n].dhcp)]
+        links = _with_name_servers(links, order, dns)
     if version == 1:
         entries = [_version1(link) for link in links]
         entries += [_nameserver(link) for link in links if link.dns and not link.static]
         return {"version": 1, "config": entries}
     return {"version": 2, "ethernets": {link.name: _version2(link) for link in links}}
+
+
+def _with_name_servers(
+    links: Sequence[_Link], order: Sequence[int], dns: dict[str, list[str]]
+) -> list[_Link]:
+    """Give the first NIC all that it can use, and the next ones what is left of the servers."""
+    result, left = list(links), dns
+    for n in order:
+        taken = _of_its_families(result[n], left)
+        result[n] = replace(result[n], dns=taken)
+        servers = [s for s in left.get("nameservers", []) if s not in taken.get("nameservers", [])]
+        left = {"nameservers": servers} if servers else {}
+        if not left:
+            break
+    for server in left.get("nameservers", []):
+        log.warning(f"dns_servers: {server} is left out, no NIC has an address of its family")
+    return result
 
 
 def _of_its_families(link: _Link, dns: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -107,10 +125,6 @@ def _of_its_families(link: _Link, dns: dict[str, list[str]]) -> dict[str, list[s
     families = {each.family for each in link.static}
     servers = dns.get("nameservers", [])
     kept = [server for server in servers if ip_address(server).version in families]
-    for server in sorted(set(servers) - set(kept)):
-        log.warning(
-            f"dns_servers: {server} is left out, NIC {link.nic.index} has no address of its family"
-        )
     result = {"nameservers": kept, "search": dns.get("search", [])}
     return {key: value for key, value in result.items() if value}
 
