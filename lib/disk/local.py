@@ -174,16 +174,13 @@ def claimed(path: Path, is_device: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def held(path: Path) -> Iterator[Local]:
-    """Open the disk once for all of a door, which no other run of ours then works on.
+def hold(disk: Local) -> None:
+    """Keep other runs of ours off an open disk until it is closed.
 
     The lock is on a byte that nobody else locks, on devices too: it bars neither qemu, mount nor
     flock(1) from hooks.
     """
-    with opened(path, os.O_RDWR) as disk:
-        _lock(path, disk.descriptor, DOOR_LOCK, 1)
-        yield disk
+    _lock(Path(disk.name), disk.descriptor, DOOR_LOCK, 1)
 
 
 def _lock(path: Path, descriptor: int, first: int, count: int) -> None:

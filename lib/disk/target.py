@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Optional, Union
@@ -16,9 +16,7 @@ from lib.environment import Disk
 from lib.errors import Error, describe
 
 MIB, GIB = 1 << 20, 1 << 30
-FIRST_BYTES = (
-    4096  # boot sector and GPT header, for sectors of any size: without them nothing boots
-)
+FIRST_BYTES = 4096  # boot sector and GPT header, whatever the sectors are: nothing boots without
 GRAIN_BYTES = 64 << 10  # the shortest run of zeroes that becomes a hole
 
 Block = Union[bytes, int]  # a disk's content in order: data, or the length of a run of zeroes
@@ -97,7 +95,7 @@ class Target:
         with closing(content):
             first = next(content, b"")  # what fails at once leaves the disk as it was
             with self.opened(writable=True) as handle:
-                if start == 0:
+                if self.head is None:  # share() may have begun
                     self._begin(handle)
                 for block in chain((first,), content):
                     following = end + _length(block)
@@ -161,11 +159,9 @@ class Target:
 @contextmanager
 def hold(target: Target) -> Iterator[None]:
     """Open the disk once for all of a door and keep other runs of ours off it."""
-    with ExitStack() as stack:
-        if target.disk.path is not None:
-            handle: Handle = stack.enter_context(local.held(target.disk.path))
-        else:
-            handle = stack.enter_context(nbd.connect(str(target.disk.uri), writable=True))
+    with _opened(target.disk, writable=True) as handle:
+        if isinstance(handle, Local):
+            local.hold(handle)
         if handle.size_bytes != target.size_bytes:
             raise Error(f"{target.label}: its size has changed meanwhile", "run this again")
         target.held = handle
