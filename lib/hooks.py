@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Optional
 
 from lib import log, run
 from lib.errors import Error
@@ -26,14 +27,19 @@ def find(directory: Path, phase: str) -> list[Path]:
     scripts = config.overlay(
         directory,
         f"hooks.d/{phase}",
-        lambda path: (
-            _NAME.fullmatch(path.name) is not None and path.is_file() and os.access(path, os.X_OK)
-        ),
+        lambda path: path.is_file() and _obstacle(path) is None,
     )
     for script in scripts:
         config.require_trusted(script)
         config.require_trusted(script.parent)
     return scripts
+
+
+def _obstacle(path: Path) -> Optional[str]:
+    """Return the way out for a file that will not run as a hook, None for one that will."""
+    if not _NAME.fullmatch(path.name):
+        return "use letters, digits, - and _ for its name, no dot"
+    return None if os.access(path, os.X_OK) else f"chmod +x {path}, or take it away"
 
 
 def warn(directory: Path) -> None:
@@ -46,13 +52,9 @@ def warn(directory: Path) -> None:
             for path in sorted(each for each in place.iterdir() if each.is_file()):
                 if _LEFTOVER.search(path.name):
                     continue
-                if not folder:
-                    log.warning(f"{path}: will not run; move it into pre or post beside it")
-                elif not _NAME.fullmatch(path.name):
-                    words = "will not run; use letters, digits, - and _ for its name, no dot"
-                    log.warning(f"{path}: {words}")
-                elif not os.access(path, os.X_OK):
-                    log.warning(f"{path}: will not run; chmod +x {path}, or take it away")
+                way_out = _obstacle(path) if folder else "move it into pre or post beside it"
+                if way_out is not None:
+                    log.warning(f"{path}: will not run; {way_out}")
 
 
 def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
