@@ -13,7 +13,7 @@ from typing import Optional
 
 from lib import log
 from lib.environment import Environment
-from lib.errors import Error, describe
+from lib.errors import Error, causes, describe
 
 STATUS_FAILED = 1
 STATUS_BUG = 2
@@ -61,16 +61,15 @@ def guard(action: Callable[[], None], debug: bool) -> int:
     return 0
 
 
-def _trace(error: Optional[BaseException]) -> None:
+def _trace(error: BaseException) -> None:
     """Print where the error and what led to it were raised, but not their texts.
 
     Those of the libraries quote URLs with what must not be seen.
     """
     sys.stderr.write("Traceback, the last failure first:\n")
-    while error is not None:
-        sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
-        sys.stderr.write(f"{type(error).__name__}\n")
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    for each in causes(error):
+        sys.stderr.write("".join(traceback.format_tb(each.__traceback__)))
+        sys.stderr.write(f"{type(each).__name__}\n")
 
 
 def prepare() -> None:

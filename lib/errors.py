@@ -36,6 +36,13 @@ def describe(error: OSError) -> str:
     return words if error.filename is None else f"{words}: {error.filename}"
 
 
+def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """Yield `error` and what led to it, as a traceback would show them, the last one first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
 @contextmanager
 def context(doing: str) -> Iterator[None]:
     """Prefix what fails inside with what was being done: a gerund and its object.

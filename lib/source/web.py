@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPException, IncompleteRead
+from itertools import takewhile
 from netrc import NetrcParseError
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Optional
 from urllib.parse import urljoin
 
 from lib import __version__, log
-from lib.errors import Error, describe
+from lib.errors import Error, causes, describe
 from lib.settings.url import Credentials, Url, parse
 
 if TYPE_CHECKING:
@@ -124,18 +125,18 @@ class Session:
         The credentials of the URL, else of ~/.netrc, are for its scheme, host and port alone.
         """
         shown = first = log.redact(url)
-        parsed = parse(url)
-        url, auth = parsed.bare, parsed.credentials or _netrc(parsed)
+        at = parse(url)
+        auth = at.credentials or _netrc(at)
         for _hop in range(MAX_REDIRECTS + 1):
-            with closing(self._send(url, headers, auth, shown)) as response:
+            with closing(self._send(at.bare, headers, auth, shown)) as response:
                 status, header = response.status_code, response.headers
                 if status not in REDIRECTS:
                     yield Answer(status, header, response, shown, self.options)
                     return
-                target = _redirected(url, header.get("Location", ""), shown)
-            if parse(target).origin != parse(url).origin:
+                target = _redirected(at, header.get("Location", ""), shown)
+            if target.origin != at.origin:
                 auth = None
-            url, shown = target, f"{first} -> {log.redact(target)}"
+            at, shown = target, f"{first} -> {log.redact(target.bare)}"
         raise Error(f"{first}: more than {MAX_REDIRECTS} redirects", "check the URL")
 
     def _send(
@@ -195,21 +196,21 @@ def _netrc(url: Url) -> Optional[Credentials]:
     return (found[0].encode(), (found[2] or "").encode()) if found else None
 
 
-def _redirected(url: str, location: str, shown: str) -> str:
-    """Return where a redirect leads, without the credentials that it may name."""
+def _redirected(url: Url, location: str, shown: str) -> Url:
+    """Return where a redirect leads; the credentials that it may name are not for use."""
     # http.client reads headers as latin-1, servers write UTF-8
     location = location.encode("latin-1").decode("utf-8", "replace")
     try:
-        target = urljoin(url, location)
+        joined = urljoin(url.bare, location)
     except ValueError as error:
         raise Error(f"{shown}: redirects to a malformed URL", "check the URL") from error
     try:
-        target = parse(target).bare
+        target = parse(joined)
     except Error as error:
         raise Error(f"{shown} -> {error.message}", error.hint) from error
-    if url.startswith("https:") and target.startswith("http:"):
+    if (url.scheme, target.scheme) == ("https", "http"):
         raise Error(
-            f"{shown}: redirects from https to {log.redact(target)}",
+            f"{shown}: redirects from https to {log.redact(target.bare)}",
             "if the unencrypted URL is trusted, name it",
         )
     return target
@@ -237,18 +238,10 @@ def _bounded(shown: str, options: Options, wait_s: float) -> Iterator[None]:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _translated(list(_causes(error, before)), shown, options) from error
+        new = takewhile(lambda each: each is not before, causes(error))
+        raise _translated(list(new), shown, options) from error
     finally:
         signal.signal(signal.SIGALRM, previous)
-
-
-def _causes(
-    error: Optional[BaseException], before: Optional[BaseException]
-) -> Iterator[BaseException]:
-    """Yield `error` and what led to it, but not what was being handled before."""
-    while error is not None and error is not before:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _translated(causes: Sequence[BaseException], shown: str, options: Options) -> Exception:
