@@ -72,7 +72,7 @@ def _about(found: str) -> Iterator[None]:
 def begun(source: Source, declared: str, max_virtual_size_bytes: int) -> Parts:
     """Return the parts, offset and size, in which a qcow2 that is still to come can be decoded.
 
-    None for what is no such thing. A part is what one L2 table is about: qemu-img reads all tables
+    Empty for what is no such thing. A part is what one L2 table is about: qemu-img reads all tables
     of what it converts before the first cluster. This is a first look; inspect() has the last word.
     """
     if declared not in ("auto", "qcow2") or source.size_bytes <= magic.HEAD_BYTES:

@@ -123,19 +123,6 @@ def started(
         yield Decoder(child, words, file, work, limit_bytes, limits.wall_s, teller)
 
 
-def decode(file: BinaryIO, declared: str, limit_bytes: int, work: Path) -> Decoded:
-    """Let the decoder make one sparse raw file in `work` of the image in `file`."""
-    with started(file, declared, limit_bytes, work) as decoder:
-        return decoder.result()
-
-
-def copy_file(source: BinaryIO, copy: BinaryIO) -> None:
-    """Copy a whole file into a fresh one: a reflink where that is possible, holes stay holes."""
-    names = [f"/proc/self/fd/{file.fileno()}" for file in (source, copy)]
-    descriptors = [source.fileno(), copy.fileno()]
-    run.run(["cp", "--reflink=auto", "--sparse=always", *names], descriptors=descriptors)
-
-
 def _library(work: Path) -> Path:
     """Return the folder of our own code, readable to the sandbox's user.
 

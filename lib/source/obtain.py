@@ -54,10 +54,9 @@ def raw_image(job: Job) -> Iterator[Raw]:
     with ExitStack() as stack:
         refresh: cache.Refresh
         if source.path is None:
-            address = str(source.url)
             if not isinstance(job.checksum, tuple):  # a pinned digest may need no server
                 fetch.prepare(locations.options(job.config))
-            key, refresh = _remote_key(job, address), partial(_refresh, job, address)
+            key, refresh = _remote_key(job), partial(_refresh, job)
         else:
             file = stack.enter_context(locations.open_image(job, source.path))
             if not _is_roots(file):
@@ -107,13 +106,13 @@ def _warn_unverified(job: Job) -> None:
 # --- http(s) ---------------------------------------------------------------------------------
 
 
-def _remote_key(job: Job, address: str) -> str:
+def _remote_key(job: Job) -> str:
     """Return what the entry is known by: the URL, and who vouches for what comes from there.
 
     While a list cannot be had, only what that list named, under the same signature and keys, may
     take its place. A pinned digest is compared with the entry's own, whoever asked for it first.
     """
-    key = {"url": url.parse(address).bare, "format": job.format}
+    key = {"url": _whole(job.source()), "format": job.format}
     if isinstance(job.checksum, Location):
         key["checksum"] = _whole(job.checksum)
         key["name"] = job.checksum.fragment
@@ -130,16 +129,14 @@ def _whole(location: Location) -> str:
     return str(location.path) if location.url is None else url.parse(location.url).bare
 
 
-def _refresh(
-    job: Job, address: str, old: Optional[cache.Note], work: Path
-) -> Optional[tuple[Path, cache.Note]]:
+def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[Path, cache.Note]]:
     """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
     try:
         expected = expected_digest(job)
         if old and expected and old["digests"].get(expected[0]) == expected[1]:
             log.step(f"image: {job.source()} is in the cache ({expected[0]} as expected)")
             return None
-        return _fetch(job, address, expected, old if expected is None else None, work)
+        return _fetch(job, expected, old if expected is None else None, work)
     except fetch.Unavailable as error:
         if old is None or isinstance(job.checksum, tuple):
             raise
@@ -148,14 +145,14 @@ def _refresh(
 
 
 def _fetch(
-    job: Job, address: str, expected: Optional[Digest], known: Optional[cache.Note], work: Path
+    job: Job, expected: Optional[Digest], known: Optional[cache.Note], work: Path
 ) -> Optional[tuple[Path, cache.Note]]:
     """Download, verify and decode; None if the server says that the known entry is current."""
     algorithm = expected[0] if expected else "sha256"
     path = work / "download"
     with path.open("w+b") as file, _Decoding(job, file, work) as decoding:
         response = fetch.download(
-            address,
+            str(job.source().url),
             file,
             locations.options(job.config),
             algorithms=(algorithm,),
@@ -182,7 +179,7 @@ def _fetch(
         raw = path
         run.run(["fallocate", "--dig-holes", os.fspath(raw)])
     return raw, {
-        "url": log.redact(url.parse(address).bare),
+        "url": log.redact(_whole(job.source())),
         "digests": dict(response.digests),
         "etag": response.etag,
         "last_modified": response.last_modified,
@@ -235,7 +232,11 @@ def _private_copy(job: Job, file: BinaryIO) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         work = stack.enter_context(store(job.config).workspace())
         with (work / "copy").open("xb") as copy:
-            decode.copy_file(file, copy)
+            names = [f"/proc/self/fd/{each.fileno()}" for each in (file, copy)]
+            run.run(
+                ["cp", "--reflink=auto", "--sparse=always", *names],
+                descriptors=[file.fileno(), copy.fileno()],
+            )
         yield stack.enter_context((work / "copy").open("rb"))
 
 
