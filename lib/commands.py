@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -44,11 +44,12 @@ def create(env: Environment) -> None:
         hooks.find(params.config_directory(env), phase)
     hooks.warn(params.config_directory(env))
     log.step(f"create: {job.source()} for {name} on {first.label}")
-    with _workspace() as work:
+    with workspace() as work:
         texts = work / "seed"
         texts.mkdir()
         if job.seed != "none":
-            _write_texts(env, job, texts)
+            for file, data in seed_texts(env, job).items():
+                (texts / file).write_bytes(data)
         call_hooks = _hook_caller(env, job, texts)
         call_hooks("pre")
         with obtain.raw_image(job) as raw:
@@ -79,7 +80,7 @@ def _plan(raw: obtain.Raw, target: disk.Target, seed_place: str) -> partition.Pl
         )
 
 
-def _write_seed(volume: Path, place: _Place, target: disk.Target) -> None:
+def _write_seed(volume: Path, place: Place, target: disk.Target) -> None:
     if place.target is target:
         target.write(place.offset_bytes, volume.read_bytes())
         return
@@ -101,7 +102,7 @@ def _seed_disk(env: Environment, job: Job) -> Optional[environment.Disk]:
 
 
 @contextmanager
-def _workspace() -> Iterator[Path]:
+def workspace() -> Iterator[Path]:
     """Make a private folder for the seed, in memory where the node has /run: seeds hold secrets."""
     memory = "/run" if os.access("/run", os.W_OK) else None
     if memory is not None:
@@ -133,8 +134,8 @@ def _sweep(memory: Path) -> None:
             os.close(descriptor)
 
 
-def _write_texts(env: Environment, job: Job, texts: Path) -> None:
-    """Write the seed's four files from what Ganeti and the OS parameters say."""
+def seed_texts(env: Environment, job: Job) -> dict[str, bytes]:
+    """Return the seed's four files from what Ganeti and the OS parameters say."""
     name, uuid = env.identity()
     user_data = _read(job, "user_data", job.user_data)
     vendor_data = _read(job, "vendor_data", job.vendor_data)
@@ -145,14 +146,13 @@ def _write_texts(env: Environment, job: Job, texts: Path) -> None:
         user_data = seed.include_once(f"{METAD_URL}/{source}")
         if not job.os_package:
             vendor_data = seed.include_once(f"{METAD_URL}/vendor-data")
-    seed.write_texts(
-        texts,
+    return seed.texts(
         name=name,
         uuid=uuid,
         ssh_keys=keys.parse(_read(job, "ssh_keys", job.ssh_keys)),
         user_data=user_data,
         vendor_data=vendor_data,
-        network=_network_config(env, job),
+        network=network_config(env, job),
     )
 
 
@@ -170,7 +170,7 @@ def _require_communication_nic(env: Environment) -> None:
         )
 
 
-def _network_config(env: Environment, job: Job) -> Optional[bytes]:
+def network_config(env: Environment, job: Job) -> Optional[bytes]:
     """Return the text of network-config: the user's own, or one from the NICs; None for none."""
     if isinstance(job.network, Document):
         return _read(job, "network", job.network)
@@ -252,19 +252,16 @@ def rename(env: Environment) -> None:
     """
     name, uuid = env.identity()
     job = params.parse(env)
-    place = _find_seed(env)
+    place = find_seed(env.disks)
     if place is None:
         log.warning(f"{name}: its disks hold no seed, so the guest keeps its name and addresses")
         return
-    network_config = _network_config(env, job)
-    with _workspace() as work, disk.hold(place.target), disk.claim(place.target):
-        old, texts = work / "old", work / "seed"
+    text = network_config(env, job)
+    with workspace() as work, disk.hold(place.target), disk.claim(place.target):
+        texts = work / "seed"
         texts.mkdir()
-        old.write_bytes(place.target.read(place.offset_bytes, place.size_bytes))
         try:
-            files = seed.renamed(
-                seed.read_volume(old), name=name, uuid=uuid, network=network_config
-            )
+            files = seed.renamed(read_seed(place, work), name=name, uuid=uuid, network=text)
         except Error as error:
             log.warning(f"{name}: {error}; the guest keeps its name and addresses")
             return
@@ -277,7 +274,7 @@ def rename(env: Environment) -> None:
 # --- the seed and its place ------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where on which disk the seed's volume is."""
 
     target: disk.Target
@@ -287,26 +284,33 @@ class _Place(NamedTuple):
 
 def _place(
     target: disk.Target, extent: Optional[partition.Extent], seed_disk: Optional[environment.Disk]
-) -> Optional[_Place]:
+) -> Optional[Place]:
     if seed_disk is not None:
         own = disk.open_target(seed_disk)
-        return _Place(own, 0, min(own.size_bytes, seed.MAX_VOLUME_BYTES))
+        return Place(own, 0, min(own.size_bytes, seed.MAX_VOLUME_BYTES))
     if extent is None:
         return None
-    return _Place(target, extent.offset_bytes, min(extent.size_bytes, seed.MAX_VOLUME_BYTES))
+    return Place(target, extent.offset_bytes, min(extent.size_bytes, seed.MAX_VOLUME_BYTES))
 
 
-def _find_seed(env: Environment) -> Optional[_Place]:
+def find_seed(disks: Sequence[environment.Disk]) -> Optional[Place]:
     """Return where the instance's seed is; the disk that is kept for it is asked first.
 
     By content, for an import may have left a disk without its name.
     """
-    for each in sorted(env.disks, key=lambda each: each.name != SEED_DISK):
+    for each in sorted(disks, key=lambda each: each.name != SEED_DISK):
         target = disk.open_target(each)
         place = _place(target, partition.find_seed(target.read, target.size_bytes), None)
         if place is not None:
             return place
     return None
+
+
+def read_seed(place: Place, work: Path) -> dict[str, bytes]:
+    """Return the files of the seed there, by a private folder; Error if they are damaged."""
+    old = work / "old"
+    old.write_bytes(place.target.read(place.offset_bytes, place.size_bytes))
+    return seed.read_volume(old)
 
 
 def _volume(work: Path, texts: Path, size_bytes: int) -> Path:
@@ -317,7 +321,7 @@ def _volume(work: Path, texts: Path, size_bytes: int) -> Path:
     return path
 
 
-def _write_volume(volume: Path, place: _Place) -> None:
+def _write_volume(volume: Path, place: Place) -> None:
     if place.offset_bytes == 0:  # a disk of its own, which may hold old signatures
         with volume.open("rb") as file:
             disk.write(file, place.target)

@@ -45,7 +45,6 @@ class Nic:
     name: Optional[str] = None
     ip: Optional[str] = None
     mode: Optional[str] = None
-    link: Optional[str] = None
     subnet: Optional[str] = None
     gateway: Optional[str] = None
     subnet6: Optional[str] = None
@@ -65,11 +64,8 @@ class Environment:
     config_directory: Optional[Path]  # $CLOUDIMAGE_CONFDIR
     parameters: Mapping[str, str]  # OS parameters, by their variable's name without OSP_
     variant: Optional[str]
-    debug: bool
     name: Optional[str]
     uuid: Optional[str]
-    old_name: Optional[str]
-    reinstall: bool
     disks: tuple[Disk, ...]
     nics: tuple[Nic, ...]
     transfer: Optional[Disk]  # the one disk of an export or import call
@@ -84,11 +80,8 @@ class Environment:
             config_directory=_path(given, "CLOUDIMAGE_CONFDIR"),
             parameters={k[4:]: v for k, v in environ.items() if k.startswith("OSP_")},
             variant=_matching(given, "OS_VARIANT", _VARIANT),
-            debug=given.get("DEBUG_LEVEL", "0") != "0",
             name=_matching(given, "INSTANCE_NAME", _NAME),
             uuid=_matching(given, "INSTANCE_UUID", _UUID),
-            old_name=_matching(given, "OLD_INSTANCE_NAME", _NAME),
-            reinstall=given.get("INSTANCE_REINSTALL", "0") != "0",
             disks=tuple(_disk(given, n) for n in range(_count(given, "DISK_COUNT"))),
             nics=tuple(_nic(given, n) for n in range(_count(given, "NIC_COUNT"))),
             transfer=_transfer(given),
@@ -197,7 +190,6 @@ def _nic(given: Mapping[str, str], index: int) -> Nic:
         name=given.get(prefix + "NAME"),
         ip=given.get(prefix + "IP"),
         mode=given.get(prefix + "MODE"),
-        link=given.get(prefix + "LINK"),
         subnet=given.get(prefix + "NETWORK_SUBNET"),
         gateway=given.get(prefix + "NETWORK_GATEWAY"),
         subnet6=given.get(prefix + "NETWORK_SUBNET6"),

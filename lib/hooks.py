@@ -44,6 +44,13 @@ def _obstacle(path: Path) -> Optional[str]:
 
 def warn(directory: Path) -> None:
     """Say which files look like hooks and will not run, a WARNING each, with the way out."""
+    for line in skipped(directory):
+        log.warning(line)
+
+
+def skipped(directory: Path) -> list[str]:
+    """Return a line for each file that looks like a hook and will not run, with the way out."""
+    lines = []
     for base in (config.BUNDLE, directory):
         for folder in ("", *PHASES):
             place = base / "hooks.d" / folder
@@ -54,7 +61,8 @@ def warn(directory: Path) -> None:
                     continue
                 way_out = _obstacle(path) if folder else "move it into pre or post beside it"
                 if way_out is not None:
-                    log.warning(f"{path}: will not run; {way_out}")
+                    lines.append(f"{path}: will not run; {way_out}")
+    return lines
 
 
 def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:

@@ -34,6 +34,7 @@ SANDBOX_ID = 65531
 
 # Debian's package, and EL's where its name is another
 PACKAGES = {
+    **dict.fromkeys(("gnt-cluster", "gnt-instance", "gnt-network"), "ganeti"),
     "bwrap": "bubblewrap",
     "bzip2": "bzip2",
     "gpg": "gnupg (EL: gnupg2)",
@@ -248,6 +249,13 @@ def run(
         out, err = _communicate(child, input, timeout_s, argv[0])
     _judge(argv[0], child.returncode, err, accept, silent)
     return out.decode("utf-8", "backslashreplace")
+
+
+def said(argv: Sequence[str], *, timeout_s: float) -> str:
+    """Run `argv` and return what it says on both streams, whatever its status."""
+    with process(argv, stderr=STDOUT) as child:
+        out, _err = _communicate(child, b"", timeout_s, argv[0])
+    return out.decode("ascii", "backslashreplace")
 
 
 def _communicate(

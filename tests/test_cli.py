@@ -126,7 +126,7 @@ def test_every_failure_is_told_and_the_rest_is_fetched(command: Command, image: 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("checksum", "-O checksum: has no value; write -O NAME=VALUE"),
+        ("checksum", "-O checksum: has no value; write NAME=VALUE; a comma in a value is \\,"),
         ("checksum=no", "checksum=no (OS parameter): must be none, sha256: with 64"),
         ("chksum=none", "OSP_CHKSUM: unknown OS parameter; did you mean checksum?"),
         ("checksum=sha256:" + "0" * 64, "and should be " + "0" * 64),
@@ -155,7 +155,7 @@ def test_variants(command: Command) -> None:
     done = command("variants")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    at = lines.index("mine: ours")
+    at = lines.index("mine: ours  (not in variants.list: Ganeti does not offer it)")
     assert lines[at + 1 : at + 4] == [
         f"  image      https://***@example.com/{os.uname().machine}.qcow2?***",
         "  checksum   https://example.com/SUMS",

@@ -352,7 +352,8 @@ def texts(directory: Path, **changed: Any) -> dict[str, bytes]:
         "network": seed.document(network.config([nic(ip="192.0.2.10", **LAN)], 1, "auto", [], [])),
     }
     directory.mkdir()
-    seed.write_texts(directory, **{**values, **changed})
+    for file, text in seed.texts(**{**values, **changed}).items():
+        (directory / file).write_bytes(text)
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 

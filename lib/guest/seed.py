@@ -61,8 +61,7 @@ def include_once(url: str) -> bytes:
     return f"#include-once\n{url}\n".encode()
 
 
-def write_texts(
-    directory: Path,
+def texts(
     *,
     name: str,
     uuid: str,
@@ -70,8 +69,8 @@ def write_texts(
     user_data: bytes,
     vendor_data: bytes,
     network: Optional[bytes],
-) -> None:
-    """Write the four documents into the private directory; network None: the guest keeps its own.
+) -> dict[str, bytes]:
+    """Return the four documents by their file names; network None: the guest keeps its own.
 
     Without a network-config cloud-init would write its fallback, DHCP on the first NIC (stages.py,
     _find_networking_config); only "disabled" leaves the image's network alone.
@@ -83,16 +82,13 @@ def write_texts(
     }
     if ssh_keys:
         meta["public-keys"] = meta["public_keys"] = list(ssh_keys)  # the second is nuageinit's
-    texts = (
+    documents = (
         document(meta),
         user_data,
         _vendor_data(vendor_data),
         _network_config(network),
     )
-    for file_name, text in zip(FILES, texts):
-        path = directory / file_name
-        path.touch(0o600, exist_ok=False)
-        path.write_bytes(text)
+    return dict(zip(FILES, documents))
 
 
 def _network_config(network: Optional[bytes]) -> bytes:

@@ -174,52 +174,83 @@ def load_config(env: Environment) -> Config:
     return config.load(config_directory(env), NAMES)
 
 
-def parse(env: Environment) -> Job:
-    """Return the Job; Error lists every problem of every layer, a line each."""
-    problems: list[str] = []
-    settings = load_config(env)
-    variant: dict[str, str] = {}
-    source = "variant"
-    if env.variant is not None:
-        files = variant_files(config_directory(env))
-        if env.variant not in files:
-            raise Error(
-                f"OS_VARIANT={env.variant}: there is no variants.d/{env.variant}.conf",
-                config.nearest(env.variant, files),
-            )
-        source = str(files[env.variant])
-        variant = config.read_ini(files[env.variant], {"variant": [*NAMES, *VARIANT_KEYS]}).get(
-            "variant", {}
+class Given(NamedTuple):
+    """A parameter's text, and where it was given: OS_PARAMETER, a file, or "default"."""
+
+    parameter: Parameter
+    text: str
+    origin: str
+
+    @property
+    def shown(self) -> str:
+        """The text as a log may show it."""
+        if self.parameter.quiet and self.origin != "default":
+            return "(not shown)" if self.text else ""
+        return log.printable(log.redact(self.text), 80)
+
+
+class _Variant(NamedTuple):
+    """A variant's file and its keys; no variant has none."""
+
+    source: str
+    keys: Mapping[str, str]
+
+
+def _variant(env: Environment) -> _Variant:
+    if env.variant is None:
+        return _Variant("variant", {})
+    files = variant_files(config_directory(env))
+    if env.variant not in files:
+        raise Error(
+            f"OS_VARIANT={env.variant}: there is no variants.d/{env.variant}.conf",
+            config.nearest(env.variant, files),
         )
-    by_variable = {parameter.field.upper(): parameter for parameter in TABLE}
-    for variable in sorted(set(env.parameters) - set(by_variable)):
-        names = [parameter.field for parameter in TABLE]
-        problems.append(
-            f"OSP_{variable}: unknown OS parameter; {config.nearest(variable.lower(), names)}"
-        )
-    found: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    known = {"variant": [*NAMES, *VARIANT_KEYS]}
+    source = files[env.variant]
+    return _Variant(str(source), config.read_ini(source, known).get("variant", {}))
+
+
+def given(env: Environment) -> list[Given]:
+    """Return what each parameter is given as, in the table's order."""
+    return _given(env, _variant(env), load_config(env))
+
+
+def _given(env: Environment, variant: _Variant, settings: Config) -> list[Given]:
+    result = []
     for parameter in TABLE:
         layers = (
             (OS_PARAMETER, env.parameters, parameter.field.upper()),
-            (source, variant, parameter.name),
+            (variant.source, variant.keys, parameter.name),
             (str(settings.source), settings.defaults, parameter.name),
         )
-        where, value = "default", parameter.default
-        for name, layer, key in layers:
-            if key in layer:
-                where, value = name, layer[key]
-                break
-        origins[parameter.field] = where
+        found = ((layer[key], where) for where, layer, key in layers if key in layer)
+        result.append(Given(parameter, *next(found, (parameter.default, "default"))))
+    return result
+
+
+def parse(env: Environment) -> Job:
+    """Return the Job; Error lists every problem of every layer, a line each."""
+    settings = load_config(env)
+    variant = _variant(env)
+    by_variable = {parameter.field.upper(): parameter for parameter in TABLE}
+    names = [parameter.field for parameter in TABLE]
+    problems = [
+        f"OSP_{variable}: unknown OS parameter; {config.nearest(variable.lower(), names)}"
+        for variable in sorted(set(env.parameters) - set(by_variable))
+    ]
+    found: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for each in _given(env, variant, settings):
+        parameter = each.parameter
+        origins[parameter.field] = each.origin
         try:
-            found[parameter.field] = _parsed(parameter, value)
+            found[parameter.field] = _parsed(parameter, each.text)
         except ValueError as error:
-            shown = "(not shown)" if parameter.quiet else log.printable(log.redact(value), 80)
-            problems.append(f"{parameter.name}={shown} ({where}): must be {error}")
-    problems += _architecture_problems(variant.get("architecture", ""), source)
-    keyring = variant.get("keyring", "")
+            problems.append(f"{parameter.name}={each.shown} ({each.origin}): must be {error}")
+    problems += _architecture_problems(variant.keys.get("architecture", ""), variant.source)
+    keyring = variant.keys.get("keyring", "")
     if keyring and not keyring.startswith("/"):
-        problems.append(f"{source}: keyring={keyring}: must be an absolute path")
+        problems.append(f"{variant.source}: keyring={keyring}: must be an absolute path")
     problems += _conflicts(found, settings, keyring)
     problems += _metad_conflicts(found, origins)
     if problems:
@@ -228,7 +259,7 @@ def parse(env: Environment) -> Job:
     return Job(
         config=settings,
         variant=env.variant,
-        description=variant.get("description", ""),
+        description=variant.keys.get("description", ""),
         keyring=Path(keyring) if keyring else None,
         **found,
     )

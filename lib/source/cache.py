@@ -83,6 +83,11 @@ class Stored:
         return False
 
 
+def entry_name(key: str) -> str:
+    """Return what the files of this key's entry are called by."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 @dataclass(frozen=True)
 class Cache:
     """The directory and its limits: bytes on disk (holes are free), seconds since the last use."""
@@ -102,7 +107,7 @@ class Cache:
         stays; only a full file system is put into words of our own. A directory that cannot be used
         is a WARNING, and the image is made in a temporary one, for this use only.
         """
-        name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        name = entry_name(key)
         with ExitStack() as filling:
             try:
                 with context(f"cache {self.directory}"):
@@ -115,6 +120,11 @@ class Cache:
                 file, note = self._refreshed(name, refresh, work)
         with file:
             yield Entry(file, os.fstat(file.fileno()).st_size, note)
+
+    def peek(self, key: str) -> Optional[Stored]:
+        """Return the entry of `key` as it is, asking nobody and changing nothing; None for none."""
+        name = entry_name(key)
+        return self._look(name) if self._names().get(name) else None
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:

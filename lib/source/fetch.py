@@ -81,6 +81,11 @@ def probe(url: str, options: Options) -> None:
 
     Asks for one byte with GET, because many servers refuse HEAD or answer it otherwise.
     """
+    size(url, options)
+
+
+def size(url: str, options: Options) -> Optional[int]:
+    """Return the length of the body in bytes, None if nothing tells it; Error for a definite no."""
     quick = replace(
         options,
         connect_timeout_s=min(3.0, options.connect_timeout_s),
@@ -90,8 +95,12 @@ def probe(url: str, options: Options) -> None:
         with web.session(quick) as session, session.get(url, ONE_BYTE) as answer:
             if answer.status in web.REFUSED:
                 raise answer.failure()
+            part = re.fullmatch(r"bytes 0-0/([0-9]{1,18})", answer.headers.get("Content-Range", ""))
+            if answer.status == 206 and part:
+                return int(part[1])
+            return _length(answer) if answer.status == 200 else None
     except web.Broken:
-        pass
+        return None
 
 
 @dataclass

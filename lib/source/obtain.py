@@ -71,6 +71,15 @@ def raw_image(job: Job) -> Iterator[Raw]:
             yield Raw(entry.file, entry.size_bytes)
 
 
+def cached(job: Job) -> Optional[cache.Stored]:
+    """Return what the cache has for the job now; nobody is asked whether it is still good."""
+    source = job.source()
+    if source.path is None:
+        return store(job.config).peek(_remote_key(job))
+    with locations.open_image(job, source.path) as file:
+        return store(job.config).peek(_local_key(job, file))
+
+
 # --- what is expected ------------------------------------------------------------------------
 
 

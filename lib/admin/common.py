@@ -1,0 +1,108 @@
+"""What the subcommands share: how they read -O, -o and variables, and how they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from lib import log
+from lib.environment import Environment
+from lib.errors import Error
+from lib.settings import params
+from lib.settings.params import Job
+
+Subparsers = Any  # argparse has no public name for it
+DAY_S = 86400.0
+
+
+def subcommand(commands: Subparsers, name: str, words: str) -> argparse.ArgumentParser:
+    """Add a subcommand; `words` is its help, in the list and in its own page."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=words, description=words)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add -O, as gnt-instance has it; given several times, all count."""
+    words = "OS parameters, as for gnt-instance add"
+    parser.add_argument(
+        "-O", dest="settings", metavar="NAME=VALUE,...", action="append", default=[], help=words
+    )
+
+
+def split(text: str) -> list[str]:
+    r"""Split at commas as Ganeti does (UnescapeAndSplit): \, is a comma, \\ a backslash."""
+    parts = [""]
+    for piece in re.findall(r"\\.|,|[^,\\]+|\\", text, re.DOTALL):
+        if piece == ",":
+            parts.append("")
+        else:
+            parts[-1] += piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece
+    return parts
+
+
+def pairs(option: str, text: str) -> dict[str, str]:
+    """Parse NAME=VALUE,NAME=VALUE; `option` is where it was given."""
+    found = {}
+    for part in split(text):
+        name, equals, value = part.partition("=")
+        if not equals:
+            shown = log.printable(log.redact(part), 80)
+            raise Error(
+                f"{option} {shown}: has no value", r"write NAME=VALUE; a comma in a value is \,"
+            )
+        found[name] = value
+    return found
+
+
+def parameters(settings: Sequence[str]) -> dict[str, str]:
+    """Return the variables that Ganeti makes of -O."""
+    found = {}
+    for setting in settings:
+        for name, value in pairs("-O", setting).items():
+            found["OSP_" + name.upper().replace("-", "_")] = value
+    return found
+
+
+def environment(variables: Optional[Mapping[str, str]] = None) -> Environment:
+    """Return what Ganeti would give with these variables, and the administrator's own folder."""
+    own = {key: os.environ[key] for key in ("CLOUDIMAGE_CONFDIR",) if key in os.environ}
+    return Environment.from_environ({**own, **(variables or {})})
+
+
+def job(image: str, settings: Sequence[str] = ()) -> Job:
+    """Return the job of a variant's name, or of an image's path or URL."""
+    variables = parameters(settings)
+    variables.update({"OSP_IMAGE": image} if "/" in image else {"OS_VARIANT": image})
+    return params.parse(environment(variables))
+
+
+def days(seconds: float) -> str:
+    """Return a time before now as a person reads it."""
+    if seconds < DAY_S:
+        hours, minutes = divmod(int(seconds) // 60, 60)
+        return f"{hours}h{minutes:02d} ago"
+    return f"{seconds / DAY_S:.0f} d ago"
+
+
+def show(line: str) -> None:
+    """Print lines on standard output, whatever is in them."""
+    sys.stdout.write("\n".join(map(_clean, line.split("\n"))) + "\n")
+
+
+def _clean(line: str) -> str:
+    return log.printable(line, limit=max(len(line) * 10, 80))
+
+
+def show_json(data: Any) -> None:
+    """Print a value as JSON, in ASCII."""
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,241 @@
+"""cloudimage explain: what gnt-instance add would do here, without doing any of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from ipaddress import ip_network
+from typing import BinaryIO, NamedTuple, Optional
+
+from lib import commands, log
+from lib.admin import common, ganeti, seed
+from lib.disk import partition
+from lib.errors import Error
+from lib.settings import config, params
+from lib.settings.params import Job
+from lib.settings.values import Location
+from lib.source import fetch, locations, obtain
+
+EXAMPLE = {
+    "INSTANCE_NAME": "instance.example.com",
+    "INSTANCE_UUID": "00000000-0000-4000-8000-000000000000",
+}
+_NET_KEYS = {
+    "mac": "MAC",
+    "ip": "IP",
+    "mode": "MODE",
+    "name": "NAME",
+    "subnet": "NETWORK_SUBNET",
+    "gateway": "NETWORK_GATEWAY",
+    "subnet6": "NETWORK_SUBNET6",
+    "gateway6": "NETWORK_GATEWAY6",
+}
+_IGNORED = {"link", "vlan"}  # Ganeti's, of no matter to the guest
+
+
+def add(commands: common.Subparsers) -> None:
+    """Add explain."""
+    words = "show what gnt-instance add with the same options would do here; nothing is written"
+    parser = common.subcommand(commands, "explain", words)
+    parser.add_argument("-o", dest="os", metavar="cloudimage+VARIANT", required=True)
+    common.add_settings(parser)
+    words = "the instance's name"
+    parser.add_argument("--name", metavar="FQDN", default=EXAMPLE["INSTANCE_NAME"], help=words)
+    words = (
+        "a NIC, as for gnt-instance add; a network is asked of Ganeti on the master, or say"
+        " subnet=, gateway=, subnet6= and gateway6= instead"
+    )
+    parser.add_argument(
+        "--net", metavar="N:KEY=VALUE,...", dest="nets", action="append", default=[], help=words
+    )
+    words = "a disk, as for gnt-instance add"
+    parser.add_argument(
+        "--disk", metavar="N:size=SIZE,...", dest="disks", action="append", default=[], help=words
+    )
+    seed.add_show_secrets(parser)
+    common.add_json(parser)
+    parser.set_defaults(action=_explain)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    variables = {**EXAMPLE, "INSTANCE_NAME": args.name, **common.parameters(args.settings)}
+    _base, _plus, variant = args.os.rpartition("+")
+    variables["OS_VARIANT"] = variant or args.os
+    variables.update(_nics(args.nets))
+    disks = _disks(args.disks)
+    env = common.environment(variables)
+    job = params.parse(env)
+    job.require_checksum()
+    rows = [
+        {
+            "name": each.parameter.name,
+            "value": each.text if args.show_secrets else each.shown,
+            "origin": each.origin,
+        }
+        for each in params.given(env)
+    ]
+    image = _image(job, disks)
+    texts = commands.seed_texts(env, job) if job.seed != "none" else {}
+    if args.json:
+        files = seed.wrapped_files(texts, args.show_secrets)
+        common.show_json({"parameters": rows, "image": image, "seed": files})
+        return
+    for row in rows:
+        common.show(f"{row['name']:<15} {row['value'] or '(empty)'}  ({row['origin']})")
+    for key, value in image.items():
+        common.show(f"{key:<15} {value}")
+    seed.show_files(texts, args.show_secrets)
+
+
+# --- the image -------------------------------------------------------------------------------
+
+
+class _Disks(NamedTuple):
+    """What --disk says: the size of disk 0, and whether another is kept for the seed."""
+
+    disk0_bytes: Optional[int]
+    has_seed_disk: bool
+
+
+def _image(job: Job, disks: _Disks) -> dict[str, str]:
+    """Return what can be known of the image without fetching it, in words."""
+    source = job.source()
+    facts = {"digest": "none: nothing proves that it is genuine", "signature": "none"}
+    digest = None
+    try:
+        digest = obtain.expected_digest(job)
+        if digest:
+            facts["digest"] = ":".join(digest)
+        if job.signature is not None:
+            # one over the image itself needs the image; that over a list was checked just now
+            state = "good" if isinstance(job.checksum, Location) else "checked at the download"
+            facts["signature"] = f"{job.signature}: {state}, by {job.keyring}"
+    except fetch.Unavailable as error:
+        facts["digest"] = facts["signature"] = f"not known: {error.message}"
+    stored = obtain.cached(job)
+    if stored is not None:
+        current = digest is None or stored.note["digests"].get(digest[0]) in (None, digest[1])
+        facts["cache"] = (
+            f"{log.size(stored.allocated_bytes)} on disk, fetched {stored.note['fetched']}"
+            f"{'' if current else '; out of date, it will be fetched again'}"
+        )
+        with stored.raw.open("rb") as file:
+            facts.update(_fit(job, file, disks))
+        return facts
+    if source.path is None:
+        facts["cache"] = f"not there; {_download(job, str(source.url))}"
+    else:
+        with locations.open_image(job, source.path) as file:
+            if job.format in ("auto", "raw") and os.pread(file.fileno(), 2, 510) == b"\x55\xaa":
+                facts["cache"] = "not needed, the image is a raw disk on this node"
+                facts.update(_fit(job, file, disks))
+                return facts
+            facts["cache"] = f"not there; {log.size(os.fstat(file.fileno()).st_size)} to decode"
+    facts["seed place"] = "known when the image is in the cache, see cloudimage fetch"
+    return facts
+
+
+def _download(job: Job, url: str) -> str:
+    try:
+        size_bytes = fetch.size(url, locations.options(job.config))
+    except fetch.Unavailable as error:
+        return error.message
+    return f"{'an unknown size' if size_bytes is None else log.size(size_bytes)} to download"
+
+
+def _fit(job: Job, image: BinaryIO, disks: _Disks) -> dict[str, str]:
+    """Return whether the raw image fits on disk 0, and where the seed would go there."""
+    image_bytes = os.fstat(image.fileno()).st_size
+    facts = {"image size": f"{log.size(image_bytes)} ({image_bytes} bytes) once on a disk"}
+    disk_bytes = image_bytes if disks.disk0_bytes is None else disks.disk0_bytes
+    if disk_bytes < image_bytes:
+        mib = -(-image_bytes // (1 << 20))
+        return {**facts, "disk 0": f"too small: use --disk 0:size={mib}M or more"}
+    if job.seed == "none":
+        return {**facts, "seed place": "none"}
+    if disks.has_seed_disk and job.seed in ("auto", "disk"):
+        return {**facts, "seed place": f"the disk named {commands.SEED_DISK}"}
+    if job.seed == "disk":
+        way_out = f"add --disk 1:size=4m,name={commands.SEED_DISK}"
+        return {**facts, "seed place": f"none: no disk is named {commands.SEED_DISK}; {way_out}"}
+    try:
+        extent = partition.plan(
+            lambda offset, length: os.pread(image.fileno(), length, offset),
+            image_bytes,
+            disk_bytes,
+            job.seed,
+        ).seed
+    except Error as error:
+        return {**facts, "seed place": f"none: {error}"}
+    assert extent is not None  # only seed=none has none
+    place = f"{extent.kind} at byte {extent.offset_bytes}, {log.size(extent.size_bytes)}"
+    guess = " (on a disk as large as the image; say --disk 0:size=)"
+    return {**facts, "seed place": place + (guess if disks.disk0_bytes is None else "")}
+
+
+# --- what gnt-instance add would take --------------------------------------------------------
+
+
+def _indexed(option: str, text: str) -> tuple[int, dict[str, str]]:
+    index, colon, rest = text.partition(":")
+    if not index.isdecimal() or len(index) > 2 or not colon:
+        raise Error(f"{option} {log.printable(text, 80)}: has no number", "write 0:KEY=...")
+    return int(index), common.pairs(f"{option} {index}:", rest)
+
+
+def _nics(nets: Sequence[str]) -> dict[str, str]:
+    """Return the variables of the NICs; one without --net has none, and so asks for DHCP."""
+    variables: dict[str, str] = {}
+    given = dict(_indexed("--net", text) for text in nets) or {0: {}}
+    if sorted(given) != list(range(len(given))):
+        raise Error(f"--net: NICs {sorted(given)} are given", "number them from 0, each once")
+    for index, keys in sorted(given.items()):
+        prefix = f"NIC_{index}_"
+        variables[f"{prefix}MAC"] = f"aa:00:00:00:00:{index:02x}"
+        if keys.get("mac") == "generate":
+            del keys["mac"]
+        name = keys.pop("network", None)
+        if name is not None:
+            found = ganeti.network(name)
+            variables.update({f"{prefix}NETWORK_{key}": value for key, value in found.items()})
+        for key, value in keys.items():
+            if key not in _NET_KEYS and key not in _IGNORED:
+                near = config.nearest(key, [*_NET_KEYS, *_IGNORED, "network"])
+                raise Error(f"--net {index}:{key}: is unknown", near)
+            if key not in _IGNORED:
+                variables[prefix + _NET_KEYS[key]] = value
+        if keys.get("ip") == "pool":
+            variables[f"{prefix}IP"] = _from_pool(index, variables)
+    return {**variables, "NIC_COUNT": str(len(given))}
+
+
+def _from_pool(index: int, variables: dict[str, str]) -> str:
+    """Return an address that the pool could give; which one it will be nobody knows yet."""
+    subnet = variables.get(f"NIC_{index}_NETWORK_SUBNET")
+    if subnet is None:
+        raise Error(f"--net {index}:ip=pool: there is no network", "add network=NAME or subnet=")
+    gateway = variables.get(f"NIC_{index}_NETWORK_GATEWAY")
+    hosts = (str(host) for host in ip_network(subnet, strict=False).hosts())
+    chosen = next(host for host in hosts if host != gateway)
+    log.step(f"--net {index}:ip=pool: shown with {chosen}, the pool may choose another")
+    return chosen
+
+
+def _disks(options: Sequence[str]) -> _Disks:
+    disk0_bytes, has_seed_disk = None, False
+    for index, keys in (_indexed("--disk", text) for text in options):
+        size_bytes = _size(index, keys.get("size"))
+        if index == 0:
+            disk0_bytes = size_bytes
+        elif keys.get("name") == commands.SEED_DISK:
+            has_seed_disk = True
+    return _Disks(disk0_bytes, has_seed_disk)
+
+
+def _size(index: int, text: Optional[str]) -> int:
+    try:
+        # Ganeti's own unit, where none is given, is MiB (utils/text.py, ParseUnit)
+        return config.size_bytes(f"{text}M" if (text or "").isdecimal() else text or "")
+    except ValueError as error:
+        raise Error(f"--disk {index}:size={text or ''}: must be {error}") from None

@@ -1,0 +1,147 @@
+"""What Ganeti knows of an instance, asked on the master with Ganeti's own commands.
+
+Their fields are those of gnt-instance list-fields; the ones it calls Custom are printed as Python
+literals (ganeti/cli.py, FormatQueryResult).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from lib import run
+from lib.errors import Error
+from lib.settings import config
+
+ANSWER_S = 120.0
+_FIELDS = (
+    *("name", "uuid", "os", "pnode", "oper_state", "nic.ips", "nic.macs", "nic.modes"),
+    *("nic.names", "nic.networks.names", "disk.names", "osparams"),
+)
+_NETWORK_FIELDS = ("name", "network", "gateway", "network6", "gateway6")
+_VARIABLES = ("SUBNET", "GATEWAY", "SUBNET6", "GATEWAY6")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An instance as Ganeti has it; `variables` are those that it would give to our scripts."""
+
+    name: str
+    node: str
+    is_running: bool
+    variables: Mapping[str, str]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its disks are on this node."""
+        return self.node in (socket.gethostname(), socket.getfqdn())
+
+    def disks(self) -> list[Path]:
+        """Return the paths of its active disks on its node, in order."""
+        count = int(self.variables["DISK_COUNT"])
+        keys = (f"DISK_{index}_PATH" for index in range(count))
+        return [Path(self.variables[key]) for key in keys if key in self.variables]
+
+
+def call(*argv: str, timeout_s: float = ANSWER_S) -> str:
+    """Run a command of Ganeti's; Error with its last words if it fails."""
+    try:
+        return run.run(argv, timeout_s=timeout_s)
+    except run.Failed as error:
+        words = error.words.strip().splitlines()
+        raise Error(
+            f"{' '.join(argv[:2])}: {words[-1] if words else error.message}",
+            "gnt-* commands work on the master, look with gnt-cluster getmaster"
+            if "not the master" in error.words
+            else None,
+        ) from error
+
+
+def instance(name: str) -> Instance:
+    """Ask for one instance; Error if Ganeti knows none of this name, or it is another OS's."""
+    options = ("--no-headers", "--separator=|", "-o", ",".join(_FIELDS))
+    line = call("gnt-instance", "list", *options, name).strip("\n")
+    values = dict(zip(_FIELDS, line.split("|", len(_FIELDS) - 1)))
+    base, _plus, variant = values["os"].partition("+")
+    if base not in ("cloudimage", config.BUNDLE.name):
+        raise Error(f"{values['name']}: its OS is {values['os']}, not cloudimage")
+    variables = {"INSTANCE_NAME": values["name"], "INSTANCE_UUID": values["uuid"]}
+    if variant:
+        variables["OS_VARIANT"] = variant
+    for parameter, value in _literal(values["osparams"]).items():
+        variables["OSP_" + parameter.upper().replace("-", "_")] = str(value)
+    variables.update(_nics(values))
+    variables.update(_disks(values["name"], _literal(values["disk.names"])))
+    running = values["oper_state"] == "running"
+    return Instance(values["name"], values["pnode"], running, variables)
+
+
+def _nics(values: Mapping[str, str]) -> dict[str, str]:
+    networks = _literal(values["nic.networks.names"])
+    columns: dict[str, list[Optional[str]]] = {
+        "IP": [None if ip in ("None", "-") else ip for ip in _comma(values["nic.ips"])],
+        "MAC": list(_comma(values["nic.macs"])),
+        "MODE": list(_comma(values["nic.modes"])),
+        "NAME": _literal(values["nic.names"]),
+    }
+    variables = {"NIC_COUNT": str(len(columns["MAC"]))}
+    for key, column in columns.items():
+        variables.update({f"NIC_{n}_{key}": value for n, value in enumerate(column) if value})
+    for index, name in enumerate(networks):
+        if name is not None:
+            for key, value in network(name).items():
+                variables[f"NIC_{index}_NETWORK_{key}"] = value
+    return variables
+
+
+def network(name: str) -> dict[str, str]:
+    """Return a network's SUBNET, GATEWAY, SUBNET6 and GATEWAY6, as far as it has them."""
+    options = ("--no-headers", "--separator=|", "-o", ",".join(_NETWORK_FIELDS))
+    row = call("gnt-network", "list", *options, name).strip("\n").split("|")
+    return {key: value for key, value in zip(_VARIABLES, row[1:]) if value not in ("", "-")}
+
+
+def _disks(name: str, names: list[Optional[str]]) -> dict[str, str]:
+    """Return the disks with the paths that they have on the primary node, if they are active."""
+    info = call("gnt-instance", "info", name)
+    variables = {"DISK_COUNT": str(len(names))}
+    for index, own in enumerate(names):
+        if own is not None:
+            variables[f"DISK_{index}_NAME"] = own
+        # "(N/A" or "(253:0" follows; the disks that a DRBD disk is made of are indented further
+        part = info.partition(f"\n    - disk/{index}: ")[2].partition("\n    - disk/")[0]
+        found = re.search(r"^      on primary: (/\S+) \(", part, re.MULTILINE)
+        if found:
+            variables[f"DISK_{index}_PATH"] = found[1]
+    return variables
+
+
+def on_node(node: str, *argv: str) -> Any:
+    """Run our own command on another node, over Ganeti's ssh set-up; return the JSON it prints."""
+    words = (str(config.BUNDLE / "lib/cloudimage"), *argv)
+    text = call("gnt-cluster", "command", "-M", "-n", node, *words)
+    lines = re.findall(rf"^{re.escape(node)}: (.*)$", text, re.MULTILINE)
+    if "return code = 0" not in text:
+        said = next((line for line in reversed(lines) if line), "no answer")
+        raise Error(f"on {node}: {said.replace('ERROR: ', '')}")
+    try:
+        return json.loads("\n".join(lines))
+    except ValueError:
+        raise Error(f"on {node}: cloudimage did not answer; is it this version?") from None
+
+
+def _comma(text: str) -> list[str]:
+    return text.split(",") if text not in ("", "-") else []
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        raise Error(f"Ganeti's answer {text[:80]!r} is not understood") from None

@@ -1,0 +1,282 @@
+"""explain, seed and check: what an administrator is shown, and that nothing is changed by it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lib.admin import common
+from lib.errors import Error
+from tests import httpd
+from tests.conftest import SYSTEM_PATH
+from tests.scripts.conftest import Door, disk, seed_files
+from tests.test_cli import Command, command, image
+
+__all__ = ["command", "disk", "image"]  # fixtures
+NETWORK = "subnet=192.0.2.0/24,gateway=192.0.2.1"
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    (tmp_path / "node").mkdir()
+    return Door(tmp_path / "node")
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return what is below a folder, with times: nothing may be written there."""
+    found = {}
+    for path in [folder, *folder.rglob("*")]:
+        status = path.lstat()
+        found[str(path)] = (status.st_mtime_ns, status.st_size)
+    return found
+
+
+# --- -O --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a=1,b=2", ["a=1", "b=2"]),
+        (r"a=1\,2,b=3", ["a=1,2", "b=3"]),
+        (r"a=1\\,b=2", ["a=1\\", "b=2"]),
+        (r"a=\n", ["a=n"]),
+        ("a=1,", ["a=1", ""]),
+        ("a=\\", ["a=\\"]),
+        ("a=1\n2", ["a=1\n2"]),
+        ("", [""]),
+    ],
+)
+def test_options_are_split_as_ganeti_does(text: str, parts: list[str]) -> None:
+    assert common.split(text) == parts
+
+
+def test_a_value_is_needed() -> None:
+    with pytest.raises(Error, match=r"-O b: has no value; write NAME=VALUE; a comma"):
+        common.pairs("-O", "a=1,b")
+
+
+# --- explain ---------------------------------------------------------------------------------
+
+
+def test_explain_tells_all_and_writes_nothing(command: Command, image: Path) -> None:
+    data = image.with_suffix(".qcow2").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    pages = {
+        "/image": httpd.content(data),
+        "/SUMS": httpd.content(f"{digest}  image\n".encode()),
+    }
+    with httpd.serve(pages) as server:
+        url = server.url("/image")
+        command.variant("mine", f"image = {url}\nchecksum = {server.url('/SUMS')}")
+        (command.folder / "cloudimage.conf").write_text(
+            f"[cache]\ndir = {command.cache}\n[defaults]\ndns_search = example.com\n"
+        )
+        words = ["explain", "-o", "cloudimage+mine", "--disk", "0:size=64M", "--name", "vm9.lan"]
+        words += ["-O", "user_data=s3cret,dns_servers=192.0.2.53", "--net", f"0:ip=pool,{NETWORK}"]
+        before = snapshot(command.folder)
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+        assert snapshot(command.folder) == before
+        assert not command.cache.exists()
+        assert "s3cret" not in done.stdout + done.stderr
+        lines = done.stdout.splitlines()
+        assert f"image           {url}  ({command.folder}/variants.d/mine.conf)" in lines
+        assert "user_data       (not shown)  (OS parameter)" in lines
+        assert f"dns_search      example.com  ({command.folder}/cloudimage.conf)" in lines
+        assert "seed            auto  (default)" in lines
+        assert f"digest          sha256:{digest}" in lines
+        (there,) = [line for line in lines if line.startswith("cache ")]
+        assert there.endswith("to download")
+        assert ' "local-hostname": "vm9.lan",' in lines
+        assert '     "address": "192.0.2.2/24",' in lines
+        # a HEAD, so to speak: not one byte more than the first
+        ranges = [seen.headers.get("Range") for seen in server.seen if seen.path == "/image"]
+        assert ranges == ["bytes=0-0"]
+        assert command("fetch", "mine").returncode == 0
+        before = snapshot(command.cache)
+        done = command(*words, "--json", "--show-secrets")
+        assert snapshot(command.cache) == before
+    found = json.loads(done.stdout)
+    assert found["image"]["image size"].startswith("12 MiB ")
+    assert found["image"]["seed place"] == "gap at byte 32768, 992 KiB"
+    assert found["seed"]["user-data"] == {"size": 6, "text": "s3cret"}
+
+
+def test_explain_says_what_create_does(
+    command: Command, image: Path, door: Door, disk: Callable[..., Path]
+) -> None:
+    """The four files are byte for byte those that create writes with the same options."""
+    words = ["-O", f"image={image},dns_servers=192.0.2.53"]
+    net = f"mac=aa:00:00:12:34:01,ip=192.0.2.5,{NETWORK}"
+    words += ["--name", "vm1.example.com", "--net", f"0:{net}", "--json", "--show-secrets"]
+    done = command("explain", "-o", "cloudimage+default", *words)
+    assert done.returncode == 0, done.stderr
+    said = {name: each["text"] for name, each in json.loads(done.stdout)["seed"].items()}
+    target = disk()
+    more = {"NIC_0_NETWORK_SUBNET": "192.0.2.0/24", "NIC_0_NETWORK_GATEWAY": "192.0.2.1"}
+    result = door(
+        "create",
+        disks=[target],
+        OSP_IMAGE=str(image),
+        OSP_DNS_SERVERS="192.0.2.53",
+        INSTANCE_UUID="00000000-0000-4000-8000-000000000000",
+        NIC_0_IP="192.0.2.5",
+        **more,
+    )
+    assert result.status == 0, result.log
+    assert said == {name: data.decode() for name, data in seed_files(target).items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--net", "ip=192.0.2.1"], "--net ip=192.0.2.1: has no number; write 0:KEY=..."),
+        (["--net", "1:ip=192.0.2.1"], "--net: NICs [1] are given; number them from 0, each once"),
+        (["--net", "0:ips=192.0.2.1"], "--net 0:ips: is unknown; did you mean ip?"),
+        (["--net", "0:ip=pool"], "--net 0:ip=pool: there is no network; add network=NAME"),
+        (
+            ["--net", f"0:ip=10.0.0.1,{NETWORK}"],
+            "writing network-config: NIC_0_IP=",
+        ),
+        (["--disk", "0:size=much"], "--disk 0:size=much: must be a size such as 20G"),
+        (["--name", "a b"], "INSTANCE_NAME='a b' is not of the form that Ganeti uses"),
+        (["-O", "sead=gap"], "OSP_SEAD: unknown OS parameter; did you mean seed?"),
+    ],
+)
+def test_explain_refuses(command: Command, image: Path, words: list[str], error: str) -> None:
+    done = command("explain", "-o", "default", "-O", f"image={image}", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith(f"ERROR: {error}")
+
+
+@pytest.mark.parametrize(
+    ("disks", "said"),
+    [
+        (["0:size=8M"], "disk 0          too small: use --disk 0:size=12M or more"),
+        (["0:size=1G", "1:size=4m,name=cidata"], "seed place      the disk named cidata"),
+        ([], "seed place      gap at byte 32768, 992 KiB (on a disk as large as the image;"),
+    ],
+)
+def test_explain_knows_where(command: Command, image: Path, disks: list[str], said: str) -> None:
+    options = [word for each in disks for word in ("--disk", each)]
+    done = command("explain", "-o", "default", "-O", f"image={image}", *options)
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith(said) for line in done.stdout.splitlines())
+
+
+def test_explain_goes_on_without_the_server(command: Command) -> None:
+    settings = "image=http://127.0.0.1:9/a.qcow2,checksum=http://127.0.0.1:9/SUMS"
+    done = command("explain", "-o", "default", "-O", settings)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "digest          not known: reading the checksum list http://127.0.0.1:9/SUMS: "
+        in done.stdout
+    )
+    assert "cache           not there; an unknown size to download" in done.stdout
+
+
+# --- seed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeded(door: Door, disk: Callable[..., Path], image: Path) -> Path:
+    target = disk()
+    user_data = "password: s3cret"
+    result = door("create", disks=[target], OSP_IMAGE=str(image), OSP_USER_DATA=user_data)
+    assert result.status == 0, result.log
+    return target
+
+
+def test_seed_shows_what_is_there(command: Command, seeded: Path) -> None:
+    before = seeded.read_bytes()
+    done = command("seed", seeded)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"seed: {seeded} at 32768, 992 KiB" in done.stdout
+    assert '"local-hostname": "vm1.example.com"' in done.stdout
+    assert "--- user-data, 16 bytes (not shown)" in done.stdout
+    assert "s3cret" not in done.stdout
+    assert "s3cret" in command("seed", "--show-secrets", seeded).stdout
+    files = json.loads(command("seed", "--json", "--show-secrets", seeded).stdout)["files"]
+    assert {n: f["text"].encode() for n, f in files.items()} == seed_files(seeded)
+    assert seeded.read_bytes() == before
+
+
+def test_a_seed_that_is_not_there_or_damaged(command: Command, seeded: Path, image: Path) -> None:
+    done = command("seed", image)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"ERROR: {image}: holds no seed; ")
+    done = command("seed", "/nonexistent")
+    assert done.stderr.startswith("ERROR: /nonexistent: ")
+    with seeded.open("r+b") as file:
+        file.seek(32768 + 512)
+        file.write(b"\xff" * 65536)
+    before = seeded.read_bytes()
+    done = command("seed", seeded)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ERROR: the seed cannot be read: ")
+    assert seeded.read_bytes() == before
+
+
+def test_seed_of_an_instance_needs_ganeti(command: Command, seeded: Path) -> None:
+    command.environment["PATH"] = "/nonexistent"
+    done = command("seed", "vm1")
+    assert done.stderr.endswith("ERROR: gnt-instance: not installed; install the package ganeti\n")
+    done = command("seed", "--diff", seeded)
+    assert done.stderr == (
+        "ERROR: --diff: a disk does not tell whose it is; give the instance's name\n"
+    )
+
+
+# --- check -----------------------------------------------------------------------------------
+
+
+def findings(command: Command) -> tuple[int, dict[str, list[str]]]:
+    done = command("check", "--json")
+    assert done.stderr == ""
+    rows: dict[str, list[str]] = {"ok": [], "warning": [], "error": []}
+    for row in json.loads(done.stdout):
+        rows[row["state"]].append(row["what"])
+    return done.returncode, rows
+
+
+def test_a_fit_node(command: Command) -> None:
+    status, rows = findings(command)
+    assert (status, rows["error"]) == (0, [])
+    assert "the sandbox starts" in rows["ok"]
+    assert f"cache {command.cache}: safe, can be written" in rows["ok"]
+    assert any(row.startswith("qemu-img ") for row in rows["ok"])
+    assert list(command.cache.iterdir()) == []
+
+
+def test_an_unfit_node(command: Command, tmp_path: Path) -> None:
+    old = tmp_path / "sfdisk"
+    old.write_text("#!/bin/sh\necho sfdisk from util-linux 2.33.1\n")
+    old.chmod(0o755)
+    command.environment["PATH"] = f"{tmp_path}:{SYSTEM_PATH}"
+    command.variant("broken", "imgae = /a")
+    command.variant("unsigned", "image = /a\nchecksum = /l\nsignature = /s\nkeyring = /none.gpg")
+    (command.folder / "hooks.d/pre").mkdir(parents=True)
+    (command.folder / "hooks.d/pre/a.sh").write_text("#!/bin/sh\n")
+    command.cache.mkdir()
+    command.cache.chmod(0o777)
+    status, rows = findings(command)
+    assert status == 1
+    assert "sfdisk 2.33.1: too old; install fdisk (EL: util-linux) 2.36 or newer" in rows["error"]
+    assert any("can be written by others, mode 0777" in row for row in rows["error"])
+    warnings = "\n".join(rows["warning"])
+    assert "variant broken: " in warnings
+    assert "variant unsigned: /none.gpg: No such file or directory" in warnings
+    assert "a.sh: will not run; use letters, digits" in warnings
+
+
+def test_a_node_without_tools(command: Command) -> None:
+    command.environment["PATH"] = "/usr/sbin"
+    done = command("check")
+    assert done.returncode == 1
+    assert "error    zstd: not installed; install the package zstd\n" in done.stdout
+    assert "error    qemu-img: not installed; install the package qemu-utils (EL" in done.stdout
