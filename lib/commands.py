@@ -139,6 +139,12 @@ def seed_texts(env: Environment, job: Job) -> dict[str, bytes]:
     name, uuid = env.identity()
     user_data = _read(job, "user_data", job.user_data)
     vendor_data = _read(job, "vendor_data", job.vendor_data)
+    ssh_keys = keys.parse(_read(job, "ssh_keys", job.ssh_keys))
+    if not (ssh_keys or user_data or vendor_data or job.password_hash or job.metad):
+        log.warning(
+            "neither ssh_keys nor user_data nor password_hash: nobody can log in to the guest,"
+            " unless the image itself has a way"
+        )
     if job.metad:
         _require_communication_nic(env)
         # what came as a parameter stays with metad; the disk only says where to ask
@@ -149,17 +155,21 @@ def seed_texts(env: Environment, job: Job) -> dict[str, bytes]:
     return seed.texts(
         name=name,
         uuid=uuid,
-        ssh_keys=keys.parse(_read(job, "ssh_keys", job.ssh_keys)),
+        ssh_keys=ssh_keys,
         user_data=user_data,
         vendor_data=vendor_data,
         network=network_config(env, job),
+        password_hash=job.password_hash,
     )
 
 
 def _read(job: Job, parameter: str, document: Document) -> bytes:
     """Read a text of the user's; an Error names the parameter, never the content."""
     with context(f"reading {parameter}"):
-        return locations.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
+        text = locations.read(document, job.config, params.DOCUMENT_LIMIT_BYTES)
+    if parameter in ("user_data", "vendor_data"):
+        seed.warn_unless_known(parameter, text)
+    return text
 
 
 def _require_communication_nic(env: Environment) -> None:

@@ -76,7 +76,7 @@ def size(count: int) -> str:
 
 
 class Progress:
-    """One line at every 10 %, never more often than every 15 s; unknown total: every 30 s.
+    """How far a long step is and how long it will take, in a line every PROGRESS_INTERVAL_S.
 
     On a terminal (the cloudimage command) one line is rewritten in place instead.
     """
@@ -85,35 +85,38 @@ class Progress:
         self.what = what
         self.total_bytes = total_bytes
         self.started = self.printed = time.monotonic()
-        self.tenth = 0
         self.terminal = sys.stderr.isatty()
+        self.width = 0  # of what stands on the terminal's line
 
     def update(self, done_bytes: int) -> None:
         """Tell how many bytes are done; prints when a line is due."""
         now = time.monotonic()
+        if now - self.printed < (0.2 if self.terminal else PROGRESS_INTERVAL_S):
+            return
+        self.printed = now
+        line = printable(redact(self._line(done_bytes, now - self.started)))
         if self.terminal:
-            if now - self.printed >= 0.2:
-                self.printed = now
-                sys.stderr.write(f"\r{printable(redact(self._line(done_bytes)), 78):<78}")
-                sys.stderr.flush()
-        elif not self.total_bytes:
-            if now - self.printed >= 2 * PROGRESS_INTERVAL_S:
-                self.printed = now
-                step(self._line(done_bytes))
-        elif now - self.printed >= PROGRESS_INTERVAL_S:
-            tenth = done_bytes * 10 // self.total_bytes
-            if tenth > self.tenth:
-                self.printed, self.tenth = now, tenth
-                step(self._line(done_bytes))
+            self._rewrite(line if len(line) < 79 else f"...{line[-75:]}")  # the end says more
+        else:
+            step(line)
 
     def end(self) -> float:
         """Clear the terminal's line; return the seconds since the start."""
-        if self.terminal:
-            sys.stderr.write("\r" + " " * 78 + "\r")
+        if self.width:
+            self._rewrite("")
+            sys.stderr.write("\r")
         return time.monotonic() - self.started
 
-    def _line(self, done_bytes: int) -> str:
+    def _rewrite(self, line: str) -> None:
+        """Write over the line; blanks only where the old one was longer."""
+        sys.stderr.write(f"\r{line:<{self.width}}")
+        sys.stderr.flush()
+        self.width = len(line)
+
+    def _line(self, done_bytes: int, seconds: float) -> str:
         if not self.total_bytes:
-            return f"{self.what}: {size(done_bytes)}"
+            return f"{self.what}: {size(done_bytes)} so far"
         percent = done_bytes * 100 // self.total_bytes
-        return f"{self.what}: {percent} % of {size(self.total_bytes)}"
+        left_s = seconds * (self.total_bytes - done_bytes) / max(1, done_bytes)
+        how_long = f"{left_s:.0f} s" if left_s < 100 else f"{left_s / 60:.0f} min"
+        return f"{self.what}: {percent} % of {size(self.total_bytes)}, {how_long} left"

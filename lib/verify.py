@@ -7,7 +7,7 @@ import os
 from lib import hooks
 from lib.environment import Environment
 from lib.errors import Error, several
-from lib.guest import keys
+from lib.guest import keys, seed
 from lib.settings import params
 from lib.settings.params import Job
 from lib.settings.values import Document, Location
@@ -59,12 +59,15 @@ def _check_location(job: Job, parameter: str, location: Location) -> None:
     if location.url is not None:
         from lib.source import fetch
 
-        fetch.probe(location.url, locations.options(job.config))
+        options = locations.options(job.config)
+        locations.first(job.config, location.url, lambda url: fetch.probe(url, options))
     elif location.path is not None and parameter == "image":
         locations.open_image(job, location.path).close()
     elif isinstance(location, Document):
         text = locations.read(location, job.config, params.DOCUMENT_LIMIT_BYTES)
         if parameter == "ssh_keys":
             keys.parse(text)
+        elif parameter in ("user_data", "vendor_data"):
+            seed.warn_unless_known(parameter, text)
     elif location.path is not None:
         locations.open_file(location.path).close()

@@ -249,7 +249,9 @@ def test_progress_on_a_terminal_only(command: Command, image: Path) -> None:
                     seen += block
             except OSError:
                 pass  # a terminal ends with EIO
-        assert re.search(rf"\rfetch: {re.escape(url)}: \d+ % of 12 MiB +\r".encode(), seen)
+        assert re.search(
+            rf"\rfetch: {re.escape(url)}: \d+ % of 12 MiB, \d+ s left\r".encode(), seen
+        )
         assert seen.endswith(f"fetch: {url} is ready, 12 MiB once on a disk\r\n".encode())
         command("prune", "--all")
         done = command("fetch", url)

@@ -118,8 +118,18 @@ def test_progress_is_rare(capsys: pytest.CaptureFixture[str]) -> None:
         progress.update(done)
     assert capsys.readouterr().err == ""
     progress.printed -= log.PROGRESS_INTERVAL_S
+    progress.started -= 300
     progress.update(500)
-    assert capsys.readouterr().err == "fetch: 50 % of 1000 bytes\n"
+    assert capsys.readouterr().err == "fetch: 50 % of 1000 bytes, 5 min left\n"
+    progress.update(501)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_without_a_length(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = log.Progress("decode", None)
+    progress.printed -= log.PROGRESS_INTERVAL_S
+    progress.update(3 << 20)
+    assert capsys.readouterr().err == "decode: 3 MiB so far\n"
 
 
 def test_a_failure_fits_what_ganeti_shows(tmp_path: Path) -> None:

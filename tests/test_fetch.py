@@ -745,3 +745,21 @@ def test_an_interruption_leaves_nothing_behind() -> None:
         signal.signal(signal.SIGTERM, previous)
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "is_bypassed"),
+    [
+        ("", False),
+        ("example.com,127.0.0.1", True),
+        ("127.0.0.0/8", True),
+        ("10.0.0.0/8, .example.com", False),
+        ("*", True),
+    ],
+)
+def test_no_proxy(tmp_path: Path, no_proxy: str, is_bypassed: bool) -> None:
+    with httpd.serve({"/image": httpd.content(b"x")}) as server:
+        with tinyproxy(tmp_path, 'ViaProxyName "test"') as port:
+            options = replace(QUICK, proxy=f"http://127.0.0.1:{port}", no_proxy=no_proxy)
+            assert fetch.read(server.url("/image"), options, 10) == b"x"
+    assert ("Via" not in server.seen[0].headers) == is_bypassed

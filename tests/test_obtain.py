@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from lib.environment import Environment
 from lib.errors import Error
-from lib.settings import params
+from lib.settings import config, params
+from lib.settings.config import Config
 from lib.source import obtain
 from tests import httpd
 from tests.conftest import ROOT, gpg_home, require
@@ -50,6 +52,9 @@ class Node:
         assert len(data) == raw.size_bytes
         return data
 
+    def config(self) -> Config:
+        return config.load(self.folder, params.NAMES)
+
     def notes(self) -> list[dict[str, object]]:
         return [json.loads(path.read_text()) for path in self.cache.glob("*.json")]
 
@@ -67,6 +72,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("images")
     first, second = (disk_image(folder / f"{n}.raw", "mbr", 6, n) for n in (1, 2))
     return first, second
+
+
+def prune_all(node: Node) -> None:
+    obtain.store(node.config()).prune(everything=True)
 
 
 def listed(data: bytes, algorithm: str = "sha256", name: str = "image") -> httpd.Behaviour:
@@ -148,7 +157,9 @@ def test_a_list_that_changes_meanwhile(node: Node, images: tuple[Path, Path]) ->
         assert (server.count("/image"), server.count("/list")) == (1, 2)
 
 
-def test_a_digest_that_stays_wrong(node: Node, images: tuple[Path, Path]) -> None:
+def test_a_digest_that_stays_wrong(
+    node: Node, images: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     old, new = (path.read_bytes() for path in images)
     with httpd.serve({"/image": httpd.content(new), "/list": listed(old)}) as server:
         image, checksum = server.url("/image"), server.url("/list")
@@ -156,13 +167,54 @@ def test_a_digest_that_stays_wrong(node: Node, images: tuple[Path, Path]) -> Non
             node.image(image, checksum=checksum)
         got, want = (hashlib.sha256(data).hexdigest() for data in (new, old))
         assert raised.value.message == f"{image}: its sha256 is {got} and should be {want}"
-        # the last good one stays, and is not given out
+        # the last good one stays in use until list and image agree again
         server.routes["/list"] = listed(new)
         assert node.image(image, checksum=checksum) == new
-        server.routes["/list"] = listed(old)
+        capsys.readouterr()
+        for other in (listed(old), listed(old, name="another")):
+            server.routes["/list"] = other
+            assert node.image(image, checksum=checksum) == new
+            (warning,) = re.findall("^WARNING: .*", capsys.readouterr().err, re.MULTILINE)
+            assert "; using the copy in the cache, fetched 20" in warning
+        # what is pinned is that very image
         with pytest.raises(Error, match="should be"):
-            node.image(image, checksum=checksum)
+            node.image(image, checksum=f"sha256:{want}")
     assert len(node.notes()) == 1
+
+
+def test_a_mirror_serves_and_the_list_decides(
+    node: Node, images: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (path.read_bytes() for path in images)
+    origins = {"/pub/image": httpd.content(new), "/pub/list": listed(new)}
+    mirrored = {"/debian/image": httpd.content(new)}
+    with httpd.serve(origins) as origin, httpd.serve(mirrored) as mirror:
+        node.configure(f"[mirror]\n{origin.url('/pub')} = {mirror.url('/debian/')}\n")
+        image, checksum = origin.url("/pub/image"), origin.url("/pub/list")
+        assert node.image(image, checksum=checksum) == new
+        assert (mirror.count("/debian/image"), origin.count("/pub/image")) == (1, 0)
+        assert "the mirror fails" in capsys.readouterr().err  # it has no list
+        # behind the list, and gone: the origin itself is asked
+        for behaviour in (httpd.content(old), httpd.reply(404)):
+            mirror.routes["/debian/image"] = behaviour
+            prune_all(node)
+            assert node.image(image, checksum=checksum) == new
+            assert "WARNING: the mirror fails, trying " in capsys.readouterr().err
+        assert origin.count("/pub/image") == 2
+        # a name that only begins alike is another's
+        assert not node.config().places(origin.url("/public/image"))[1:]
+
+
+def test_an_etag_is_for_the_server_that_gave_it(node: Node, images: tuple[Path, Path]) -> None:
+    """Another server's 304 to it would vouch for an image that it never had."""
+    old, new = (path.read_bytes() for path in images)
+    routes = [{"/image": httpd.content(data, etag='"same"')} for data in (new, old)]
+    with httpd.serve(routes[0]) as origin, httpd.serve(routes[1]) as mirror:
+        node.configure(f"[mirror]\n{origin.url('')} = {mirror.url('')}\n")
+        assert node.image(origin.url("/image")) == old
+        assert node.image(origin.url("/image")) == old
+        node.configure("")
+        assert node.image(origin.url("/image")) == new
 
 
 def test_lists_say_what_is_wrong_with_them(node: Node, images: tuple[Path, Path]) -> None:

@@ -21,8 +21,9 @@ from lib.settings import config
 
 ANSWER_S = 120.0
 _FIELDS = (
-    *("name", "uuid", "os", "pnode", "oper_state", "nic.ips", "nic.macs", "nic.modes"),
-    *("nic.names", "nic.networks.names", "disk.names", "osparams"),
+    *("name", "uuid", "os", "pnode", "oper_state", "admin_state"),
+    *("nic.ips", "nic.macs", "nic.modes", "nic.names", "nic.networks.names"),
+    *("disk.names", "osparams"),
 )
 _NETWORK_FIELDS = ("name", "network", "gateway", "network6", "gateway6")
 _VARIABLES = ("SUBNET", "GATEWAY", "SUBNET6", "GATEWAY6")
@@ -78,7 +79,10 @@ def instance(name: str) -> Instance:
         variables["OSP_" + parameter.upper().replace("-", "_")] = str(value)
     variables.update(_nics(values))
     variables.update(_disks(values["name"], _literal(values["disk.names"])))
-    running = values["oper_state"] == "running"
+    if values["oper_state"] not in ("Y", "N"):
+        raise Error(f"{values['name']}: node {values['pnode']} does not tell its state")
+    # one that is marked up and has crashed is Ganeti's to stop, too
+    running = values["oper_state"] == "Y" or values["admin_state"] == "up"
     return Instance(values["name"], values["pnode"], running, variables)
 
 

@@ -51,6 +51,25 @@ systemctl --no-block try-restart systemd-networkd 2> /dev/null || true
 """
 
 
+# The first lines that say what user data is: those of cloud-init (cloudinit/handlers, in any case,
+# after blanks), and of cloudbase-init for Windows.
+_KINDS = (
+    *(b"#!", b"#cloud-config", b"#include", b"#cloud-boothook", b"#part-handler", b"## template:"),
+    *(b"#upstart-job", b"#ps1", b"rem cmd", b"<powershell>", b"<script>"),
+)
+
+
+def warn_unless_known(parameter: str, text: bytes) -> None:
+    """Say it if no reader of the seed will know what this user data or vendor data is."""
+    head = text[:4096].lower().lstrip(b" \t\r\n\v\f")
+    compressed = text[:2] == b"\x1f\x8b"
+    if text and not (compressed or head.startswith(_KINDS) or b"mime-version:" in head):
+        log.warning(
+            f"{parameter}: its first line is none that cloud-init knows, so it will be ignored;"
+            " begin it with #cloud-config or #!"
+        )
+
+
 def document(data: Any) -> bytes:
     """Return `data` as JSON, which is YAML: no value can add a key, a MAC stays a string."""
     return (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode()
@@ -69,6 +88,7 @@ def texts(
     user_data: bytes,
     vendor_data: bytes,
     network: Optional[bytes],
+    password_hash: str = "",
 ) -> dict[str, bytes]:
     """Return the four documents by their file names; network None: the guest keeps its own.
 
@@ -85,7 +105,7 @@ def texts(
     documents = (
         document(meta),
         user_data,
-        _vendor_data(vendor_data),
+        _vendor_data(vendor_data, password_hash),
         _network_config(network),
     )
     return dict(zip(FILES, documents))
@@ -95,12 +115,16 @@ def _network_config(network: Optional[bytes]) -> bytes:
     return document(_NO_NETWORK) if network is None else network
 
 
-def _vendor_data(theirs: bytes) -> bytes:
+def _vendor_data(theirs: bytes, password_hash: str) -> bytes:
     """Return our vendor data with the user's behind it, which so wins where both speak.
 
-    Ours: a rewritten network-config is applied at the next boot, not only for a new instance-id.
+    Ours: a rewritten network-config is applied at the next boot, not only for a new instance-id;
+    and the password of the default user, for the console (sshd is left as the image has it).
     """
-    ours = b"#cloud-config\n" + document({"updates": {"network": {"when": ["boot"]}}})
+    config: dict[str, Any] = {"updates": {"network": {"when": ["boot"]}}}
+    if password_hash:
+        config.update({"password": password_hash, "chpasswd": {"expire": False}})
+    ours = b"#cloud-config\n" + document(config)
     if not theirs:
         return ours
     return _recompressed(theirs, lambda text: _multipart(_part(ours), _part(text)))

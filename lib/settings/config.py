@@ -24,6 +24,7 @@ DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
 FILE_LIMIT_BYTES = 1 << 20
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_NO_PROXY = r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5}|/[0-9]{1,2})?"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -46,8 +47,13 @@ def require_trusted(path: Path) -> None:
         )
 
 
-def read_ini(path: Path, sections: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-    """Read an INI file whose sections and keys must all be known; Error lists every problem."""
+def read_ini(
+    path: Path, sections: Mapping[str, Optional[Collection[str]]]
+) -> dict[str, dict[str, str]]:
+    """Read an INI file whose sections and keys must all be known; Error lists every problem.
+
+    sections: the keys of each; None for a section whose keys may be any.
+    """
     try:
         require_trusted(path)
         with path.open("rb") as file:
@@ -73,11 +79,11 @@ def read_ini(path: Path, sections: Mapping[str, Collection[str]]) -> dict[str, d
                 f"{path}: unknown section [{section}]; {nearest(section, sections)}",
             )
             continue
-        for key in parser[section]:
-            if key not in sections[section]:
-                problems.append(
-                    f"{path}: unknown key {key} in [{section}]; {nearest(key, sections[section])}"
-                )
+        keys = sections[section]
+        for key in [] if keys is None else parser[section]:
+            if key not in (keys or ()):
+                hint = nearest(key, keys or ())
+                problems.append(f"{path}: unknown key {key} in [{section}]; {hint}")
     if problems:
         raise several(problems)
     return {name: dict(parser[name]) for name in parser.sections()}
@@ -162,6 +168,17 @@ def _proxy(value: str) -> Optional[str]:
     return value
 
 
+def _no_proxy(value: str) -> str:
+    """Parse proxy exceptions: hosts, domains and their subdomains, IPv4 networks, or *."""
+    words = [word for word in re.split(r"[\s,]+", value) if word]
+    for word in words:
+        if not re.fullmatch(
+            r"\*|[0-9A-Fa-f:]+|\.?[\w.-]+(:[0-9]{1,5}|/[0-9]{1,2})?", word, re.ASCII
+        ):
+            raise ValueError("hosts, .domains or networks such as 10.0.0.0/8, separated by commas")
+    return ",".join(words)
+
+
 def _count(value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", value):
         raise ValueError("a number below 1000")
@@ -180,6 +197,7 @@ _SETTINGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("cache", "max_size", size_bytes, "20G"),
     ("cache", "max_age", _age_s, "30d"),
     ("http", "proxy", _proxy, ""),
+    ("http", "no_proxy", _no_proxy, ""),
     ("http", "ca_bundle", _optional_path, ""),
     ("http", "connect_timeout", _timeout_s, "10s"),
     ("http", "read_timeout", _timeout_s, "60s"),
@@ -199,6 +217,7 @@ class Config:
     cache_max_size: int  # bytes
     cache_max_age: float  # seconds since the last use
     http_proxy: Optional[str]
+    http_no_proxy: str  # separated by commas
     http_ca_bundle: Optional[Path]
     http_connect_timeout: float  # seconds
     http_read_timeout: float  # seconds
@@ -208,7 +227,17 @@ class Config:
     image_local_paths: tuple[Path, ...]  # empty: every path
     export_compression: str
     defaults: Mapping[str, str]
+    mirrors: Mapping[str, str]  # the beginning of a URL -> what a mirror has in its place
     source: Path
+
+    def places(self, address: str) -> list[str]:
+        """Return where to ask for a URL: the mirror of the longest beginning first, then itself."""
+        bare = url.parse(address).bare
+        found = [each for each in self.mirrors if bare.startswith(each)]
+        longest = max(found, key=len, default=None)
+        if longest is None:
+            return [address]
+        return [self.mirrors[longest] + bare[len(longest) :], address]
 
 
 def load(directory: Path, parameters: Collection[str]) -> Config:
@@ -217,9 +246,11 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
     The file may be missing and so may every key.
     """
     path = directory / "cloudimage.conf"
-    known: dict[str, list[str]] = {"defaults": list(parameters)}
+    known: dict[str, Optional[list[str]]] = {"defaults": list(parameters), "mirror": None}
     for section, key, _parse, _default in _SETTINGS:
-        known.setdefault(section, []).append(key)
+        keys = known.setdefault(section, [])
+        assert keys is not None  # only mirror has keys of any name
+        keys.append(key)
     given = read_ini(path, known) if path.exists() else {}
     values: dict[str, Any] = {}
     problems = []
@@ -229,6 +260,13 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
             values[f"{section}_{key}"] = parse(value)
         except ValueError as error:
             problems.append(f"{path}: [{section}] {key}={redact(value)}: must be {error}")
+    mirrors = {}
+    for pair in given.get("mirror", {}).items():
+        try:
+            origin, mirror = (url.parse(each).bare.rstrip("/") + "/" for each in pair)
+            mirrors[origin] = mirror
+        except Error as error:
+            problems.append(f"{path}: [mirror] {error.message}; write https://ORIGIN = URL")
     if problems:
         raise several(problems)
-    return Config(**values, defaults=given.get("defaults", {}), source=path)
+    return Config(**values, defaults=given.get("defaults", {}), mirrors=mirrors, source=path)

@@ -41,6 +41,7 @@ class Job:
     ssh_keys: Document
     user_data: Document
     vendor_data: Document
+    password_hash: str  # of crypt(3); "" for none
     network: Union[str, Document]  # "auto", "dhcp", "none"
     network_version: int
     dns_servers: tuple[str, ...]
@@ -128,6 +129,13 @@ TABLE = (
         "cloud-init vendor data: text, @/path, URL or base64:",
         "",
         values.document,
+        True,
+    ),
+    Parameter(
+        "password_hash",
+        "crypt(3) hash of the default user's password, for the console",
+        "",
+        values.password_hash,
         True,
     ),
     Parameter(

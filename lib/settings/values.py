@@ -135,6 +135,13 @@ def document(value: str) -> Document:
         raise ValueError("UTF-8 text (use base64: for binary data)") from None
 
 
+def password_hash(value: str) -> str:
+    """Parse a hash that cloud-init knows from a plain password (cc_set_passwords.py)."""
+    if value and not re.fullmatch(r"\$(2a|2y|5|6)(\$[A-Za-z0-9./=,]+){2,3}", value):
+        raise ValueError("a hash, not a password: let openssl passwd -6 make one")
+    return value
+
+
 def network(value: str) -> Union[str, Document]:
     if value in ("auto", "dhcp", "none"):
         return value

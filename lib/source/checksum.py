@@ -41,6 +41,10 @@ _REFUSALS = {
 _BROKEN_HASHES = ("1", "2", "3")  # MD5, SHA-1, RIPEMD-160: RFC 9580, section 9.5
 
 
+class Mismatch(Error):
+    """List and image are not of the same build: what was let in before may serve meanwhile."""
+
+
 def find(text: bytes, name: str, list_name: str = "") -> Digest:
     """Return the digest of the file `name` in a checksum list.
 
@@ -67,7 +71,7 @@ def find(text: bytes, name: str, list_name: str = "") -> Digest:
     if not found:
         known = sorted((listed or b"").decode("utf-8", "backslashreplace") for _, listed in entries)
         near = difflib.get_close_matches(name, known[:1000], 1) or known
-        raise Error(
+        raise Mismatch(
             f"the checksum list does not name {name or 'the image'}",
             f"it names {near[0][:120]!r}; if that is it, write checksum=LIST#NAME",
         )
@@ -123,7 +127,7 @@ def check(expected: Digest, actual_hex: str, what: str) -> None:
     """Raise an Error with both digests unless they are the same."""
     algorithm, expected_hex = expected
     if actual_hex != expected_hex:
-        raise Error(f"{what}: its {algorithm} is {actual_hex} and should be {expected_hex}")
+        raise Mismatch(f"{what}: its {algorithm} is {actual_hex} and should be {expected_hex}")
 
 
 def clearsigned(document: bytes, keyring: Path) -> bytes:

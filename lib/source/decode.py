@@ -73,9 +73,14 @@ class Decoder:
         """Return what it prints, within the limits on length and time."""
         assert self.child.stdout is not None
         pipe, text, deadline = self.child.stdout.fileno(), b"", time.monotonic() + self.wall_s
+        progress = log.Progress("decode", None)
         while len(text) <= VERDICT_BYTES:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([pipe], [], [], left)[0]:
+            if not select.select([pipe], [], [], min(left, 1.0))[0]:
+                made = ((self.work / name).lstat() for name in _FILES)
+                progress.update(sum(status.st_blocks * 512 for status in made))
+                if left > 0:
+                    continue
                 raise Error(
                     f"decoding took longer than the limit of {self.wall_s:.0f} s",
                     "see whether the disk of the node is slow",
@@ -84,6 +89,7 @@ class Decoder:
             if not block:
                 break
             text += block
+        progress.end()
         return text
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from lib import log
 from lib.errors import Error
@@ -20,6 +21,8 @@ from lib.settings.values import Document, Location
 
 if TYPE_CHECKING:
     from lib.source import fetch
+
+T = TypeVar("T")
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -53,12 +56,24 @@ def options(settings: Config) -> fetch.Options:
 
     return fetch.Options(
         proxy=settings.http_proxy,
+        no_proxy=settings.http_no_proxy,
         ca_bundle=settings.http_ca_bundle,
         connect_timeout_s=settings.http_connect_timeout,
         read_timeout_s=settings.http_read_timeout,
         retries=settings.http_retries,
         max_size_bytes=settings.image_max_virtual_size,
     )
+
+
+def first(settings: Config, url: str, ask: Callable[[str], T]) -> T:
+    """Return what the first place has for a URL: its mirror, or where that fails the URL itself."""
+    *mirrors, origin = settings.places(url)
+    for mirror in mirrors:
+        try:
+            return ask(mirror)
+        except Error as error:
+            log.warning(f"the mirror fails, trying {log.redact(origin)}: {error.message}")
+    return ask(origin)
 
 
 def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
@@ -68,7 +83,9 @@ def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
     elif location.url is not None:
         from lib.source import fetch
 
-        return fetch.read(location.url, options(settings), limit_bytes)
+        return first(
+            settings, location.url, lambda url: fetch.read(url, options(settings), limit_bytes)
+        )
     else:
         assert location.path is not None
         with open_file(location.path) as file:

@@ -145,8 +145,12 @@ def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[
         if old and expected and old["digests"].get(expected[0]) == expected[1]:
             log.step(f"image: {job.source()} is in the cache ({expected[0]} as expected)")
             return None
-        return _fetch(job, expected, old if expected is None else None, work)
-    except fetch.Unavailable as error:
+        known = old if expected is None else None
+        address = str(job.source().url)
+        return locations.first(
+            job.config, address, lambda place: _fetch(job, place, expected, known, work)
+        )
+    except (fetch.Unavailable, checksum.Mismatch) as error:
         if old is None or isinstance(job.checksum, tuple):
             raise
         log.warning(f"{error.message}; using the copy in the cache, fetched {old['fetched']}")
@@ -154,14 +158,20 @@ def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[
 
 
 def _fetch(
-    job: Job, expected: Optional[Digest], known: Optional[cache.Note], work: Path
+    job: Job, place: str, expected: Optional[Digest], known: Optional[cache.Note], work: Path
 ) -> Optional[tuple[Path, cache.Note]]:
-    """Download, verify and decode; None if the server says that the known entry is current."""
+    """Download, verify and decode; None if the server says that the known entry is current.
+
+    place: the image's URL, or its mirror's. What one server's ETag stands for no other may confirm.
+    """
+    server = hashlib.sha256(url.parse(place).bare.encode()).hexdigest()
+    if known is not None and known.get("server") != server:
+        known = None
     algorithm = expected[0] if expected else "sha256"
     path = work / "download"
     with path.open("w+b") as file, _Decoding(job, file, work) as decoding:
         response = fetch.download(
-            str(job.source().url),
+            place,
             file,
             locations.options(job.config),
             algorithms=(algorithm,),
@@ -189,6 +199,7 @@ def _fetch(
         run.run(["fallocate", "--dig-holes", os.fspath(raw)])
     return raw, {
         "url": log.redact(_whole(job.source())),
+        "server": server,
         "digests": dict(response.digests),
         "etag": response.etag,
         "last_modified": response.last_modified,

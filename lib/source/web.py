@@ -60,6 +60,7 @@ class Options:
     """How to talk to servers: section [http] of cloudimage.conf."""
 
     proxy: Optional[str] = field(default=None, repr=False)  # may hold a password
+    no_proxy: str = ""  # where the proxy is not asked
     ca_bundle: Optional[Path] = None
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0  # for an answer, and for each BLOCK_BYTES: at least 4 KiB/s
@@ -152,11 +153,20 @@ class Session:
                 stream=True,
                 timeout=(options.connect_timeout_s, options.read_timeout_s),
                 verify=str(options.ca_bundle) if options.ca_bundle else True,
-                proxies={"http": options.proxy, "https": options.proxy} if options.proxy else {},
+                proxies=self._proxies(url),
             )
         # urllib3 2 would count the bytes, 1.26 does not: fetch does
         response.raw.enforce_content_length = False
         return response
+
+    def _proxies(self, url: str) -> dict[str, str]:
+        from requests.utils import should_bypass_proxies
+
+        proxy = self.options.proxy
+        # "" and not None: that would be the environment's own no_proxy
+        if proxy is None or should_bypass_proxies(url, self.options.no_proxy):
+            return {}
+        return {"http": proxy, "https": proxy}
 
 
 @contextmanager

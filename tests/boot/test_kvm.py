@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.boot.conftest import build_image
-from tests.conftest import require
+from tests.conftest import ROOT, require
 from tests.ganeti.conftest import Cluster, start
 
 pytestmark = [pytest.mark.cluster, pytest.mark.boot]
@@ -40,3 +40,12 @@ def test_ssh_into_an_instance(kvm_cluster: Cluster, folder: Path, public_key: st
     assert kvm_cluster.run(f"{ssh} cat .ssh/authorized_keys") == f"{public_key}\n"
     root = int(kvm_cluster.run(f"{ssh} df --block-size=1M --output=size / | tail -n 1"))
     assert 2700 < root < 3 * 1024
+    # after gnt-instance modify the guest is told its new address without a reinstall
+    host_keys = kvm_cluster.run(f"{ssh} cat '/etc/ssh/ssh_host_*_key.pub'")
+    kvm_cluster.run("gnt-instance modify --net 0:modify,ip=10.77.0.12 vm1.example.com")
+    kvm_cluster.run(f"{ROOT}/lib/cloudimage reseed --reboot vm1.example.com")
+    ssh = f"{SSH} -i {folder}/key debian@10.77.0.12"
+    kvm_cluster.run(f"for _ in $(seq 100); do {ssh} true && exit; sleep 3; done; {ssh} true")
+    assert "inet 10.77.0.12/24 " in kvm_cluster.run(f"{ssh} ip -4 address show dev eth0")
+    assert "10.77.0.11" not in kvm_cluster.run(f"{ssh} ip -4 address show dev eth0")
+    assert kvm_cluster.run(f"{ssh} cat '/etc/ssh/ssh_host_*_key.pub'") == host_keys

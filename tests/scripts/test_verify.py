@@ -56,7 +56,7 @@ GOOD: dict[str, dict[str, str]] = {
     "keys in a file": {"SSH_KEYS": "@@KEYS"},
     "user data": {"USER_DATA": "#cloud-config\npackages: [vim]\n"},
     "user data in base64": {"USER_DATA": "base64:H4sIAAAAAAAAAwMAAAAAAAAAAAA="},
-    "vendor data in a file": {"VENDOR_DATA": "@@KEYS"},
+    "vendor data": {"VENDOR_DATA": "#!/bin/sh\n"},
     "a network": {"NETWORK": "version: 2\nethernets: {}\n", "NETWORK_VERSION": "2"},
     "name servers": {"DNS_SERVERS": "192.0.2.1, 2001:db8::1", "DNS_SEARCH": "example.com"},
     "metad": {"METAD": "yes", "OS_PACKAGE": "@KEYS"},
@@ -279,3 +279,49 @@ def test_a_pre_hook_may_bring_the_image(door: Door, tmp_path: Path) -> None:
     (folder / "10-mount").write_text("#!/bin/sh\n")
     (folder / "10-mount").chmod(0o755)
     assert verify(door, OSP_IMAGE=missing) == (0, [])
+
+
+# --- texts that a guest would ignore, and guests that nobody can enter -------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "is_known"),
+    [
+        ("#cloud-config\n{}", True),
+        ("\n #Cloud-Config\n", True),
+        ("#!/bin/sh\n", True),
+        ("## template: jinja\n#cloud-config\n", True),
+        ("#include-once\nhttp://192.0.2.1/\n", True),
+        ("Content-Type: multipart/mixed; boundary=x\nMIME-Version: 1.0\n\n", True),
+        ("base64:H4sIAAAAAAAAA1NOzskvTdFNzs9Ly0znAgCyO7ZXDgAAAA==", True),
+        ("#ps1_sysnative\n", True),
+        ("packages: [s3cret]\n", False),
+        ("base64:77u/I2Nsb3VkLWNvbmZpZwo=", False),  # behind a byte order mark
+        ("# cloud-config\n", False),
+    ],
+)
+@pytest.mark.parametrize("parameter", ["user_data", "vendor_data"])
+def test_texts_that_cloud_init_ignores(
+    door: Door, image: Path, parameter: str, text: str, is_known: bool
+) -> None:
+    result = door(
+        "verify", "parameters", disks=[], OSP_IMAGE=str(image), **{f"OSP_{parameter.upper()}": text}
+    )
+    assert result.status == 0, result.log
+    warnings = [line for line in result.log.splitlines() if line.startswith("WARNING: ")]
+    assert bool(warnings) != is_known
+    assert all(line.startswith(f"WARNING: {parameter}: its first line") for line in warnings)
+    assert "s3cret" not in result.log
+
+
+@pytest.mark.parametrize(
+    "value", ["secret", "$6$short", "$1$abcdefgh$0123456789abcdefghijkl", "$y$j9T$a$b", "$6$a$b:c"]
+)
+def test_a_password_is_no_hash(door: Door, image: Path, value: str) -> None:
+    result = door("verify", "parameters", disks=[], OSP_IMAGE=str(image), OSP_PASSWORD_HASH=value)
+    assert result.status == 1
+    assert result.error == (
+        "ERROR: password_hash=(not shown) (OS parameter): must be a hash, not a password: let"
+        " openssl passwd -6 make one"
+    )
+    assert value not in result.log

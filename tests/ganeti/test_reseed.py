@@ -1,0 +1,132 @@
+"""cloudimage seed, reseed and explain on a real cluster, for an instance of either node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.ganeti.conftest import Cluster, start
+
+pytestmark = pytest.mark.cluster
+COMMAND = ROOT / "lib/cloudimage"
+NAME = "vm1.example.com"
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    """Start a cluster of two nodes."""
+    yield from start("-n", "2")
+
+
+@pytest.fixture(scope="module", params=["node1.example.com", "node2.example.com"])
+def node(request: pytest.FixtureRequest, pair: Cluster, images: Path) -> Iterator[str]:
+    """Add a stopped instance on this node; the master is node1."""
+    where: str = request.param
+    pair.run(
+        f"gnt-instance add -t file -n {where} -B memory=256M --no-start --no-name-check"
+        f" --no-ip-check --disk 0:size=64M --net 0:ip=10.77.0.20,network=lan"
+        f" -o cloudimage+default -O image={images}/small.raw,dns_search=a.example {NAME}"
+    )
+    yield where
+    pair.run(f"gnt-instance remove -f --shutdown-timeout=1 {NAME}")
+
+
+def stopped_with(pair: Cluster, last: int) -> None:
+    """Bring the instance to an address and a seed that says so, stopped."""
+    pair.run(f"gnt-instance shutdown --timeout=1 {NAME}")
+    pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.{last} {NAME}; true")
+    pair.run(f"{COMMAND} reseed {NAME}")
+
+
+def seed(pair: Cluster) -> dict[str, str]:
+    found = json.loads(pair.run(f"{COMMAND} seed --json --show-secrets {NAME}"))
+    return {name: each["text"] for name, each in found["files"].items()}
+
+
+def test_reseed(pair: Cluster, node: str) -> None:
+    stopped_with(pair, 20)
+    before = seed(pair)
+    assert "10.77.0.20/24" in before["network-config"]
+    assert pair.run(f"{COMMAND} seed --diff {NAME}") == ""
+    assert "is told already" in pair.run(f"{COMMAND} reseed {NAME}")
+    pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.21 {NAME}")
+    difference = pair.run(f"{COMMAND} seed --diff {NAME}", 3)
+    assert '-     "address": "10.77.0.20/24",\n+     "address": "10.77.0.21/24",' in difference
+    pair.run(f"{COMMAND} reseed {NAME}")
+    assert pair.run(f"{COMMAND} seed --diff {NAME}") == ""
+    after = seed(pair)
+    assert after == {
+        **before,
+        "network-config": before["network-config"].replace("77.0.20/", "77.0.21/"),
+    }
+    assert "a.example" in after["network-config"]
+
+
+def test_a_running_instance(pair: Cluster, node: str) -> None:
+    stopped_with(pair, 20)
+    pair.run(f"gnt-instance startup {NAME}")
+    pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.22 {NAME}")
+    out = pair.run(f"{COMMAND} reseed {NAME}", 1)
+    assert f"ERROR: {NAME}: is running; gnt-instance shutdown it first, or use --reboot" in out
+    assert "10.77.0.20/24" in seed(pair)["network-config"]
+    pair.run(f"{COMMAND} reseed --reboot {NAME}")
+    assert "10.77.0.22/24" in seed(pair)["network-config"]
+    assert "running" in pair.run(f"gnt-instance list --no-headers -o status {NAME}")
+
+
+def test_the_example_hook(pair: Cluster, node: str) -> None:
+    folder = "/etc/ganeti/hooks/instance-modify-post.d"
+    hook = f"{folder}/seed-out-of-date"
+    pair.run(f"mkdir -p {folder}; cp {ROOT}/doc/examples/seed-out-of-date {hook}")
+    pair.run(f"sed -i 's|(cloudimage|({COMMAND}|' {hook}")  # not installed here
+    try:
+        stopped_with(pair, 20)
+        out = pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.23 {NAME}")
+        assert f"cloudimage reseed --reboot {NAME}" in out
+        assert "10.77.0.23/24" in out
+        out = pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.20 {NAME}")
+        assert "reseed" not in out
+    finally:
+        pair.run(f"rm -r {folder}")
+
+
+def test_what_cannot_be_reseeded(pair: Cluster, node: str) -> None:
+    out = pair.run(f"{COMMAND} reseed vm8.example.com", 1)
+    assert "ERROR: gnt-instance list: Instance name vm8.example.com not found" in out
+    path = pair.run(
+        f"gnt-instance info {NAME} | sed -n 's/^ *on primary: \\([^ ]*\\) .*/\\1/p'"
+    ).strip()
+    on = f"on {node[4]} "
+    whole = pair.run(f"{on} sha256sum {path}")
+    damage = f"{on} dd if=/dev/zero of={path} bs=1k seek=32 count=1 conv=notrunc status=none"
+    pair.run(damage)
+    out = pair.run(f"{COMMAND} reseed {NAME}", 1)
+    assert "holds no seed" in out
+    pair.run(damage.replace("if=/dev/zero", "if=/dev/urandom"))
+    assert pair.run(f"{COMMAND} seed {NAME}", 1)
+    assert whole != pair.run(f"{on} sha256sum {path}")
+    if node == "node2.example.com":
+        out = pair.run(f"on 2 {COMMAND} reseed {NAME}", 1)
+        assert "gnt-* commands work on the master" in out
+
+
+def test_explain_asks_ganeti_for_the_network(pair: Cluster, images: Path) -> None:
+    out = pair.run(
+        f"{COMMAND} explain -o cloudimage+default -O image={images}/small.raw"
+        " --net 0:ip=pool,network=lan --disk 0:size=64M"
+    )
+    assert '"gateway": "10.77.0.1"' in out
+    out = pair.run(
+        f"{COMMAND} explain -o default -O image={images}/small.raw --net 0:network=none", 1
+    )
+    assert "ERROR: gnt-network list: " in out
+
+
+def test_check_on_every_node(pair: Cluster) -> None:
+    out = pair.run(f"gnt-cluster command {COMMAND} check")
+    assert out.count("the sandbox starts") == 2
+    assert out.count("return code = 0") == 2
