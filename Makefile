@@ -71,7 +71,7 @@ metad-check: packages
 
 install:
 	install -d $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
-	  $(BUNDLE)/doc/ganeti $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
+	  $(BUNDLE)/doc/ganeti $(BUNDLE)/doc/examples $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
 	install -m 755 $(DOORS) $(BUNDLE)
 	install -m 644 ganeti_api_version parameters.list README.md LICENSE $(BUNDLE)
 	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module; done
@@ -81,6 +81,7 @@ install:
 	install -m 644 hooks.d/post/README $(BUNDLE)/hooks.d/post
 	install -m 644 doc/*.* $(BUNDLE)/doc
 	install -m 644 doc/ganeti/* $(BUNDLE)/doc/ganeti
+	install -m 644 doc/examples/* $(BUNDLE)/doc/examples
 	test -e $(CONFIG)/cloudimage.conf || install -m 644 doc/cloudimage.conf $(CONFIG)
 	test -e $(CONFIG)/variants.list || install -m 644 variants.list $(CONFIG)
 	ln -sfn $(SYSCONFDIR)/ganeti/instance-cloudimage/variants.list $(BUNDLE)/variants.list

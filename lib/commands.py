@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import os
 import shutil
@@ -43,6 +44,7 @@ def create(env: Environment) -> None:
     for phase in hooks.PHASES:
         hooks.find(params.config_directory(env), phase)
     hooks.warn(params.config_directory(env))
+    _warn_end_of_life(job)
     log.step(f"create: {job.source()} for {name} on {first.label}")
     with workspace() as work:
         texts = work / "seed"
@@ -68,6 +70,14 @@ def create(env: Environment) -> None:
                 call_hooks("post")
                 disk.sync(target)
     log.step(f"create: {name} is ready")
+
+
+def _warn_end_of_life(job: Job) -> None:
+    if job.end_of_life is not None and job.end_of_life < datetime.date.today():
+        log.warning(
+            f"variant {job.variant}: the vendor's support ended on {job.end_of_life},"
+            " the guest gets no more updates; see cloudimage variants"
+        )
 
 
 def _plan(raw: obtain.Raw, target: disk.Target, seed_place: str) -> partition.Plan:

@@ -72,6 +72,11 @@ def _trace(error: BaseException) -> None:
         sys.stderr.write(f"{type(each).__name__}\n")
 
 
+def quiet() -> None:
+    """Say nothing on standard error: for processes whose findings are their answers."""
+    sys.stderr = open(os.devnull, "w")
+
+
 def prepare() -> None:
     """Make standard error safe for Ganeti's log, and new files private (seeds hold secrets)."""
     os.umask(0o077)

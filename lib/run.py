@@ -34,7 +34,7 @@ SANDBOX_ID = 65531
 
 # Debian's package, and EL's where its name is another
 PACKAGES = {
-    **dict.fromkeys(("gnt-cluster", "gnt-instance", "gnt-network"), "ganeti"),
+    **dict.fromkeys(("gnt-cluster", "gnt-instance", "gnt-network", "gnt-node"), "ganeti"),
     "bwrap": "bubblewrap",
     "bzip2": "bzip2",
     "gpg": "gnupg (EL: gnupg2)",

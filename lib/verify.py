@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from lib import hooks
 from lib.environment import Environment
@@ -19,7 +20,7 @@ def verify(env: Environment) -> None:
 
     Called by Ganeti before it adds, reinstalls or modifies an instance.
     """
-    job = params.parse(env)
+    job = _resolved(params.parse(env))
     problems: list[str] = []
     directory = params.config_directory(env)
     hooks.warn(directory)
@@ -48,6 +49,18 @@ def verify(env: Environment) -> None:
                 problems.append(line if line.startswith(parameter) else f"{parameter}: {line}")
     if problems:
         raise several(problems)
+
+
+def _resolved(job: Job) -> Job:
+    """Look up the newest build's name if that is possible now: create asks again."""
+    if job.index is None:
+        return job
+    from lib.source import fetch, index
+
+    try:
+        return index.resolved(job)
+    except fetch.Unavailable:
+        return replace(job, image=None, checksum=None, signature=None)
 
 
 def _is_missing(image: Location) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +16,12 @@ import pytest
 from lib.admin import common
 from lib.errors import Error
 from tests import httpd
-from tests.conftest import SYSTEM_PATH
+from tests.conftest import ROOT, SYSTEM_PATH
 from tests.scripts.conftest import Door, disk, seed_files
 from tests.test_cli import Command, command, image
 
 __all__ = ["command", "disk", "image"]  # fixtures
+Disk = Callable[..., Path]
 NETWORK = "subnet=192.0.2.0/24,gateway=192.0.2.1"
 
 
@@ -280,3 +285,160 @@ def test_a_node_without_tools(command: Command) -> None:
     assert done.returncode == 1
     assert "error    zstd: not installed; install the package zstd\n" in done.stdout
     assert "error    qemu-img: not installed; install the package qemu-utils (EL" in done.stdout
+
+
+# --- receive, the other end of push ------------------------------------------------------------
+
+
+def test_an_entry_that_came_damaged(command: Command, image: Path) -> None:
+    note = {"url": "file:///a", "digests": {}, "fetched": "2026-01-01T00:00:00Z"}
+    text = json.dumps({**note, "raw_sha256": "0" * 64}).encode()
+    packed = Path("/var/tmp/cloudimage-push-test_0.zst")
+    subprocess.run(["zstd", "-qf", image, "-o", packed], check=True)
+    done = command("receive", "a" * 64, base64.b64encode(text).decode(), packed)
+    assert done.returncode == 1
+    assert "what came of aaaaaaaaaaaa: its sha256 is " in done.stderr.splitlines()[-1]
+    assert not packed.exists()
+    assert list(command.cache.iterdir()) == []
+    done = command("receive", "a" * 64, base64.b64encode(text).decode(), image)
+    assert done.stderr == f"ERROR: {image}: is no file of cloudimage push\n"
+    assert image.exists()
+
+
+# --- the catalogue -----------------------------------------------------------------------------
+
+
+LISTING = """<html><a href="v-9.1.qcow2">v-9.1.qcow2</a> <a href="v-10.2.qcow2">v-10.2.qcow2</a>
+<a href="v-10.10.qcow2">v-10.10.qcow2</a> <a href="v-..%2F..%2Fetc.qcow2">x</a></html>"""
+INDEXED = r"""description = of an index
+index = {base}/
+index_match = v-(?P<release>[0-9.]+)\.qcow2
+image = {base}/v-{{release}}.qcow2
+checksum = {base}/v-{{release}}.qcow2.sha256"""
+
+
+def vendor(data: bytes) -> dict[str, httpd.Behaviour]:
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return {
+        "/": httpd.content(LISTING.encode()),
+        "/v-10.10.qcow2": httpd.content(data),
+        "/v-10.10.qcow2.sha256": httpd.content(digest + b"\n"),
+        "/alias.qcow2": httpd.redirect("/v-10.10.qcow2"),
+    }
+
+
+def test_the_newest_of_an_index(command: Command, image: Path) -> None:
+    routes = vendor(image.with_suffix(".qcow2").read_bytes())
+    with httpd.serve(routes) as server:
+        base = server.url("")
+        command.variant("indexed", INDEXED.format(base=base))
+        assert command("fetch", "indexed").returncode == 0
+        assert server.count("/v-10.10.qcow2") == 1
+        done = command("fetch", "indexed")
+        assert "is in the cache (sha256 as expected)" in done.stderr
+        # an index that is none any more: the last good image serves
+        for behaviour in (httpd.content(b"{}"), httpd.reply(503)):
+            server.routes["/"] = behaviour
+            done = command("fetch", "indexed")
+            assert done.returncode == 0, done.stderr
+            (warning,) = [line for line in done.stderr.splitlines() if "WARNING" in line]
+            assert warning.startswith(f"WARNING: reading the index {base}/: ")
+            assert "; using the copy in the cache, fetched 2" in warning
+        command("prune", "--all")
+        done = command("fetch", "indexed")
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        # the image of an OS parameter has nothing to do with the variant's index
+        parameters = f"image={base}/v-10.10.qcow2,checksum=none"
+        done = command("explain", "-o", "indexed", "-O", parameters)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("image = https://h/{release}", "must be without other {names} than {arch}"),
+        ("image = https://h/{b}\nindex = https://h/\nindex_match = (?P<a>x)", "named groups of"),
+        ("image = https://h/a\nindex = https://h/\nindex_match = (x", "index_match or end_of_life"),
+        ("image = https://h/a\nend_of_life = soon", "(YYYY-MM-DD): Invalid isoformat string"),
+    ],
+)
+def test_a_variant_with_a_bad_rule(command: Command, text: str, words: str) -> None:
+    command.variant("bad", text)
+    done = command("variants", "bad")
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+def test_variants_are_asked_for(command: Command, image: Path) -> None:
+    """A vendor that redirects, one that answers no HEAD, one without the image, one with a lie."""
+    routes = vendor(image.with_suffix(".qcow2").read_bytes())
+    with httpd.serve(routes) as server:
+        base = server.url("")
+        command.variant("indexed", INDEXED.format(base=base))
+        command.variant("alias", f"image = {base}/alias.qcow2")
+        command.variant("gone", f"image = {base}/gone.qcow2")
+        other = f"image = {base}/alias.qcow2\nchecksum = {base}/"
+        command.variant("unlisted", other)
+        names = ["alias", "gone", "indexed", "unlisted"]
+        done = command("variants", "--check", *names)
+        assert not any(seen.method == "HEAD" for seen in server.seen)
+        assert {seen.headers["Range"] for seen in server.seen if "alias" in seen.path} == {
+            "bytes=0-0"
+        }
+        rows = json.loads(command("variants", "--check", "--json", *names).stdout)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"ok     alias: [0-9.]+ MiB, no checksum, no signature", lines[0])
+    assert lines[1].startswith(f"error  gone: {base}/gone.qcow2: answered 404 Not Found")
+    assert re.fullmatch(
+        r"ok     indexed: [0-9.]+ MiB, sha256 from the list, no signature", lines[2]
+    )
+    assert lines[3].startswith("error  unlisted: reading the checksum list ")
+    assert done.stderr == ""
+    assert [(row["name"], row["state"]) for row in rows] == [
+        ("alias", "ok"), ("gone", "error"), ("indexed", "ok"), ("unlisted", "error"),
+    ]  # fmt: skip
+
+
+def test_a_variant_past_its_end(command: Command, image: Path, door: Door, disk: Disk) -> None:
+    command.variant("old", f"description = old\nend_of_life = 2020-01-31\nimage = {image}")
+    command.variant("new", f"description = new\nend_of_life = 2120-01-31\nimage = {image}")
+    lines = command("variants", "old", "new").stdout.splitlines()
+    assert lines[0].endswith("(end of life since 2020-01-31)")
+    assert "end of life" not in lines[4]
+    for name in ("old", "new"):
+        confdir = {"CLOUDIMAGE_CONFDIR": str(command.folder)}
+        result = door("create", disks=[disk()], OS_VARIANT=name, **confdir)
+        assert result.status == 0, result.log
+        words = f"WARNING: variant {name}: the vendor's support ended on 2020-01-31"
+        assert (words in result.log) == (name == "old")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("debian-bookworm", "debian-12"),
+        ("bookworm", "debian-12"),
+        ("ubuntu-jammy", "ubuntu-22.04"),
+        ("Ubuntu-Noble", "ubuntu-24.04"),
+        ("debain-13", "debian-13"),
+    ],
+)
+def test_code_names_lead_to_the_variant(command: Command, name: str, hint: str) -> None:
+    done = command("variants", name)
+    assert done.stderr.endswith(f"; did you mean {hint}?\n")
+
+
+def test_fetch_all(command: Command, image: Path) -> None:
+    command.variant("mine", f"image = {image}")
+    bundle = command.folder / "bundle"
+    bundle.mkdir()
+    for part in ("lib", "variants.d", "hooks.d"):
+        shutil.copytree(ROOT / part, bundle / part)
+    (bundle / "variants.list").write_text("mine\ndefault\n")
+    argv = [str(bundle / "lib/cloudimage"), "fetch", "--all"]
+    done = subprocess.run(argv, env=command.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fetch: mine is ready" in done.stderr
+    assert done.stderr.count(" is ready") == 1

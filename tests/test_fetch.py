@@ -341,7 +341,7 @@ def test_a_failing_output_is_no_network_trouble(tmp_path: Path) -> None:
             "came with Transfer-Encoding chunked and a Content-Length",
         ),
         (raw("Transfer-Encoding: gzip"), "came with Transfer-Encoding gzip"),
-        (raw("Content-Encoding: gzip"), "came with Content-Encoding gzip, unasked"),
+        (raw("Content-Encoding: deflate"), "came with Content-Encoding deflate, unasked"),
         (raw(body=b""), "the body is empty"),
         (raw("Content-Length: 0"), "the body is empty"),
         (raw("Content-Length: 1000001"), "is larger than the limit of 977 KiB"),
@@ -359,6 +359,20 @@ def test_refused_body(behaviour: httpd.Behaviour, words: str) -> None:
         assert server.count("/image") == 1
     assert words in error.message
     assert not isinstance(error, fetch.Unavailable)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip"])
+def test_a_stored_gz_is_kept_as_it_is(encoding: str) -> None:
+    """Some servers say so of every .gz, and whoever asks for the rest of one hears it again."""
+    head = {"Content-Encoding": encoding}
+    whole = httpd.content(DATA, headers=head)
+    cut = httpd.content(DATA, cut=PART, headers=head)
+    with httpd.serve({"/image": httpd.sequence(cut, whole)}) as server:
+        assert get(server.url("/image"), replace(QUICK, retries=1)) == DATA
+        assert [seen.headers["Range"] for seen in server.seen] == [None, f"bytes={PART}-"]
+        with pytest.raises(Error) as caught:
+            fetch.read(server.url("/image"), QUICK, 1 << 30)
+    assert caught.value.message.endswith(f"came with Content-Encoding {encoding}, unasked")
 
 
 def test_the_same_length_twice_is_one_length() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Optional
 
 from lib import __version__, entry, log
-from lib.admin import cached, check, explain, fetch, reseed, seed, variants
+from lib.admin import cached, check, explain, fetch, push, reseed, seed, variants
 
-SUBCOMMANDS = (explain, seed, reseed, check, variants, fetch, cached)
+SUBCOMMANDS = (explain, seed, reseed, check, variants, fetch, cached, push)
 STATUSES = "exit status: 0 done, 1 failed, 2 wrong arguments, 3 seed --diff found a difference"
 
 

@@ -15,7 +15,7 @@ from lib.errors import Error
 from lib.settings import config, params
 from lib.settings.params import Job
 from lib.settings.values import Location
-from lib.source import fetch, locations, obtain
+from lib.source import fetch, index, locations, obtain
 
 EXAMPLE = {
     "INSTANCE_NAME": "instance.example.com",
@@ -100,10 +100,11 @@ class _Disks(NamedTuple):
 
 def _image(job: Job, disks: _Disks) -> dict[str, str]:
     """Return what can be known of the image without fetching it, in words."""
-    source = job.source()
+    asked = job
     facts = {"digest": "none: nothing proves that it is genuine", "signature": "none"}
     digest = None
     try:
+        job = index.resolved(job)
         digest = obtain.expected_digest(job)
         if digest:
             facts["digest"] = ":".join(digest)
@@ -113,7 +114,8 @@ def _image(job: Job, disks: _Disks) -> dict[str, str]:
             facts["signature"] = f"{job.signature}: {state}, by {job.keyring}"
     except fetch.Unavailable as error:
         facts["digest"] = facts["signature"] = f"not known: {error.message}"
-    stored = obtain.cached(job)
+    source = job.source()
+    stored = obtain.cached(asked)  # an entry is known by the names before they are filled in
     if stored is not None:
         current = digest is None or stored.note["digests"].get(digest[0]) in (None, digest[1])
         facts["cache"] = (
@@ -191,9 +193,9 @@ def _nics(nets: Sequence[str]) -> dict[str, str]:
     given = dict(_indexed("--net", text) for text in nets) or {0: {}}
     if sorted(given) != list(range(len(given))):
         raise Error(f"--net: NICs {sorted(given)} are given", "number them from 0, each once")
-    for index, keys in sorted(given.items()):
-        prefix = f"NIC_{index}_"
-        variables[f"{prefix}MAC"] = f"aa:00:00:00:00:{index:02x}"
+    for number, keys in sorted(given.items()):
+        prefix = f"NIC_{number}_"
+        variables[f"{prefix}MAC"] = f"aa:00:00:00:00:{number:02x}"
         if keys.get("mac") == "generate":
             del keys["mac"]
         name = keys.pop("network", None)
@@ -203,11 +205,11 @@ def _nics(nets: Sequence[str]) -> dict[str, str]:
         for key, value in keys.items():
             if key not in _NET_KEYS and key not in _IGNORED:
                 near = config.nearest(key, [*_NET_KEYS, *_IGNORED, "network"])
-                raise Error(f"--net {index}:{key}: is unknown", near)
+                raise Error(f"--net {number}:{key}: is unknown", near)
             if key not in _IGNORED:
                 variables[prefix + _NET_KEYS[key]] = value
         if keys.get("ip") == "pool":
-            variables[f"{prefix}IP"] = _from_pool(index, variables)
+            variables[f"{prefix}IP"] = _from_pool(number, variables)
     return {**variables, "NIC_COUNT": str(len(given))}
 
 
@@ -225,9 +227,9 @@ def _from_pool(index: int, variables: dict[str, str]) -> str:
 
 def _disks(options: Sequence[str]) -> _Disks:
     disk0_bytes, has_seed_disk = None, False
-    for index, keys in (_indexed("--disk", text) for text in options):
-        size_bytes = _size(index, keys.get("size"))
-        if index == 0:
+    for number, keys in (_indexed("--disk", text) for text in options):
+        size_bytes = _size(number, keys.get("size"))
+        if number == 0:
             disk0_bytes = size_bytes
         elif keys.get("name") == commands.SEED_DISK:
             has_seed_disk = True

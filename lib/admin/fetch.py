@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from lib import log
-from lib.admin import common
+from lib.admin import common, variants
 from lib.errors import Error, several
+from lib.settings import params
 from lib.source import obtain
 
 
@@ -15,13 +16,18 @@ def add(commands: common.Subparsers) -> None:
     words = "put images into the cache of this node, as create would"
     parser = common.subcommand(commands, "fetch", words)
     common.add_settings(parser)
-    parser.add_argument("images", nargs="+", metavar="VARIANT|URL|PATH")
-    parser.set_defaults(action=_fetch)
+    words = "every variant of variants.list that has an image for this node"
+    parser.add_argument("--all", action="store_true", help=words)
+    parser.add_argument("images", nargs="*", metavar="VARIANT|URL|PATH")
+    parser.set_defaults(action=_fetch, error=parser.error)
 
 
 def _fetch(args: argparse.Namespace) -> None:
+    images = [*args.images, *(_offered() if args.all else ())]
+    if not images:
+        args.error("give a variant, a URL, a path, or --all")
     problems = []
-    for image in args.images:
+    for image in images:
         try:
             with obtain.raw_image(common.job(image, args.settings)) as raw:
                 log.step(f"fetch: {image} is ready, {log.size(raw.size_bytes)} once on a disk")
@@ -29,3 +35,9 @@ def _fetch(args: argparse.Namespace) -> None:
             problems += [f"{log.redact(image)}: {line}" for line in error.lines]
     if problems:
         raise several(problems)
+
+
+def _offered() -> list[str]:
+    """Return the variants that Ganeti offers, if they are for this machine and have an image."""
+    names = variants.listed(params.config_directory(common.environment()))
+    return sorted(filter(variants.has_image, names))

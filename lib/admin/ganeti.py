@@ -44,7 +44,7 @@ class Instance:
         return self.node in (socket.gethostname(), socket.getfqdn())
 
     def disks(self) -> list[Path]:
-        """Return the paths of its active disks on its node, in order."""
+        """Return the paths that its disks have on its node whether active or not, in order."""
         count = int(self.variables["DISK_COUNT"])
         keys = (f"DISK_{index}_PATH" for index in range(count))
         return [Path(self.variables[key]) for key in keys if key in self.variables]
@@ -112,18 +112,37 @@ def network(name: str) -> dict[str, str]:
 
 
 def _disks(name: str, names: list[Optional[str]]) -> dict[str, str]:
-    """Return the disks with the paths that they have on the primary node, if they are active."""
-    info = call("gnt-instance", "info", name)
+    """Return the disks, with their paths where these do not depend on their being active.
+
+    --static asks no node and waits for no lock: hooks of a job may call this while it runs.
+    """
+    info = call("gnt-instance", "info", "--static", name)
     variables = {"DISK_COUNT": str(len(names))}
     for index, own in enumerate(names):
         if own is not None:
             variables[f"DISK_{index}_NAME"] = own
-        # "(N/A" or "(253:0" follows; the disks that a DRBD disk is made of are indented further
+        # what a DRBD disk is made of is indented further
         part = info.partition(f"\n    - disk/{index}: ")[2].partition("\n    - disk/")[0]
-        found = re.search(r"^      on primary: (/\S+) \(", part, re.MULTILINE)
-        if found:
-            variables[f"DISK_{index}_PATH"] = found[1]
+        found = re.search(r"^      logical_id: (.+)$", part, re.MULTILINE)
+        path = _path(found[1]) if found else None
+        if path is not None:
+            variables[f"DISK_{index}_PATH"] = path
     return variables
+
+
+def _path(logical_id: str) -> Optional[str]:
+    """Return the path of a volume (VG/LV) or a file (['loop', PATH]); None for anything else."""
+    if not logical_id.startswith("["):
+        return f"/dev/{logical_id}"
+    last = str(_literal(logical_id)[-1])
+    return last if last.startswith("/") else None
+
+
+def other_nodes() -> list[str]:
+    """Return the names of the online nodes but this one."""
+    lines = call("gnt-node", "list", "--no-headers", "--separator=|", "-o", "name,offline")
+    names = [name for name, state in (line.split("|") for line in lines.split()) if state == "N"]
+    return [name for name in names if name not in (socket.gethostname(), socket.getfqdn())]
 
 
 def on_node(node: str, *argv: str) -> Any:

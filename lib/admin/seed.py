@@ -39,7 +39,8 @@ def add(commands: common.Subparsers) -> None:
     parser.add_argument("--diff", action="store_true", help=words)
     add_show_secrets(parser)
     common.add_json(parser)
-    parser.add_argument("what", nargs="+", metavar="INSTANCE|DISK")
+    words = "an instance, or the paths of its disks; of both, the disks are for an inactive one"
+    parser.add_argument("what", nargs="+", metavar="INSTANCE|DISK", help=words)
     parser.set_defaults(action=_seed)
 
 
@@ -50,18 +51,20 @@ def add_show_secrets(parser: argparse.ArgumentParser) -> None:
 
 
 def _seed(args: argparse.Namespace) -> int:
-    if all(word.startswith("/") for word in args.what):
+    disks = [Path(word) for word in args.what if word.startswith("/")]
+    names = [word for word in args.what if not word.startswith("/")]
+    if len(names) > 1:
+        raise Error(f"seed: {' '.join(names)}: several instances", "give one, or its disks")
+    if not names:
         if args.diff:
             raise Error("--diff: a disk does not tell whose it is", "give the instance's name")
-        _print(args, read(list(map(Path, args.what))))
+        _print(args, read(disks))
         return 0
-    if len(args.what) > 1:
-        raise Error("seed: takes one instance, or the paths of one instance's disks")
-    name = args.what[0]
     if not args.diff:
-        _print(args, _of_instance(name))
+        is_here = disks or list(LINKS.glob(f"{names[0]}:*"))
+        _print(args, _here(names[0], disks) if is_here else of(ganeti.instance(names[0])))
         return 0
-    instance = ganeti.instance(name)
+    instance = ganeti.instance(names[0])
     lines = difference(instance, of(instance))
     if args.json:
         common.show_json({"instance": instance.name, "differs": bool(lines), "diff": lines})
@@ -71,26 +74,23 @@ def _seed(args: argparse.Namespace) -> int:
     return STATUS_DIFFERS if lines else 0
 
 
-def _of_instance(name: str) -> Found:
-    """Read the seed of an instance of this node by its active disks' links, else ask Ganeti."""
+def _here(name: str, disks: Sequence[Path]) -> Found:
+    """Read the seed of an instance of this node: active disks have links here, others may not."""
     links = sorted(LINKS.glob(f"{name}:*"), key=lambda path: int(path.name.rpartition(":")[2]))
-    return read(links) if links else of(ganeti.instance(name))
+    if links or disks:
+        return read(links or disks)
+    raise Error(
+        f"{name}: its disks are not active",
+        f"gnt-instance activate-disks {name}, and deactivate-disks afterwards",
+    )
 
 
 def of(instance: Instance) -> Found:
     """Read the seed of an instance, on its node; Error if its disks are not active."""
-    disks = instance.disks()
-    if len(disks) < int(instance.variables["DISK_COUNT"]) or not disks:
-        raise Error(
-            f"{instance.name}: its disks are not active",
-            f"gnt-instance activate-disks {instance.name}, and deactivate-disks afterwards",
-        )
-    return read(disks) if instance.is_here else _elsewhere(instance, disks)
-
-
-def _elsewhere(instance: Instance, disks: Sequence[Path]) -> Found:
-    options = ("seed", "--json", "--show-secrets")
-    answer = ganeti.on_node(instance.node, *options, *map(os.fspath, disks))
+    if instance.is_here:
+        return _here(instance.name, instance.disks())
+    options = ("seed", "--json", "--show-secrets", instance.name)
+    answer = ganeti.on_node(instance.node, *options, *map(os.fspath, instance.disks()))
     files = {name: _unwrapped(each) for name, each in answer["files"].items()}
     return Found(f"{instance.node}:{answer['where']}", files)
 

@@ -1,40 +1,33 @@
-"""cloudimage variants: what this node would use."""
+"""cloudimage variants: what this node would use, and whether the vendors still have it."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from lib import entry, log
 from lib.admin import common
 from lib.errors import Error, several
 from lib.settings import config, params
 from lib.settings.params import Job
+from lib.settings.values import Location
+from lib.source import fetch, index, locations, obtain
+
+AT_ONCE = 8
 
 
 def add(commands: common.Subparsers) -> None:
     """Add variants."""
     words = "list the variants as this node would use them: image, checksum, signature"
     parser = common.subcommand(commands, "variants", words)
+    words = "ask each one's servers for image, list and signature; nothing is downloaded"
+    parser.add_argument("--check", action="store_true", help=words)
     common.add_json(parser)
+    parser.add_argument("names", nargs="*", metavar="VARIANT", help="only these")
     parser.set_defaults(action=_variants)
-
-
-def _variants(args: argparse.Namespace) -> None:
-    problems: list[str] = []
-    rows = []
-    offered = listed(params.config_directory(common.environment()))
-    for name in sorted(params.variant_files(params.config_directory(common.environment()))):
-        try:
-            rows.append(_row(common.job(name), name in offered))
-        except Error as error:
-            problems += error.lines
-    if args.json:
-        common.show_json(rows)
-    else:
-        for row in rows:
-            _show(row)
-    if problems:
-        raise several(problems)
 
 
 def listed(directory: Path) -> set[str]:
@@ -46,7 +39,30 @@ def listed(directory: Path) -> set[str]:
     return {words[0] for words in map(str.split, lines) if words}
 
 
-def _row(job: Job, is_offered: bool) -> dict[str, object]:
+def _variants(args: argparse.Namespace) -> int:
+    env = common.environment()
+    names = args.names or sorted(params.variant_files(params.config_directory(env)))
+    if args.check:
+        return _check(args, [name for name in names if args.names or has_image(name)])
+    problems: list[str] = []
+    rows = []
+    offered = listed(params.config_directory(env))
+    for name in names:
+        try:
+            rows.append(_row(common.job(name), name in offered))
+        except Error as error:
+            problems += error.lines
+    if args.json:
+        common.show_json(rows)
+    else:
+        for row in rows:
+            _show(row)
+    if problems:
+        raise several(problems)
+    return 0
+
+
+def _row(job: Job, is_offered: bool) -> dict[str, Any]:
     checksum = ":".join(job.checksum) if isinstance(job.checksum, tuple) else job.checksum
     return {
         "name": job.variant,
@@ -54,13 +70,66 @@ def _row(job: Job, is_offered: bool) -> dict[str, object]:
         "image": str(job.image) if job.image else None,
         "checksum": str(checksum) if checksum else None,
         "signature": str(job.signature) if job.signature else None,
+        "end_of_life": str(job.end_of_life) if job.end_of_life else None,
         "offered": is_offered,
     }
 
 
-def _show(row: dict[str, object]) -> None:
-    mark = "" if row["offered"] else "  (not in variants.list: Ganeti does not offer it)"
-    common.show(f"{row['name']}: {row['description']}{mark}")
+def _show(row: dict[str, Any]) -> None:
+    marks = [] if row["offered"] else ["not in variants.list: Ganeti does not offer it"]
+    if row["end_of_life"] and row["end_of_life"] < datetime.date.today().isoformat():
+        marks.append(f"end of life since {row['end_of_life']}")
+    common.show(f"{row['name']}: {row['description']}{''.join(f'  ({each})' for each in marks)}")
     common.show(f"  image      {row['image'] or '(from -O image=)'}")
     common.show(f"  checksum   {row['checksum'] or 'none'}")
     common.show(f"  signature  {row['signature'] or 'none'}")
+
+
+# --- --check ---------------------------------------------------------------------------------
+
+
+def has_image(name: str) -> bool:
+    """Whether the variant brings an image, for this node's architecture."""
+    variant = params.read_variant(common.environment({"OS_VARIANT": name}))
+    return variant.is_for_this_machine and bool(variant.keys.get("image"))
+
+
+def _check(args: argparse.Namespace, names: list[str]) -> int:
+    # processes, because a request's time limit is a signal, and those are for main threads
+    with ProcessPoolExecutor(AT_ONCE, initializer=entry.quiet) as pool:
+        rows = list(pool.map(_asked, names))
+    if args.json:
+        common.show_json(rows)
+    else:
+        for row in rows:
+            common.show(f"{row['state']:<6} {row['name']}: {row['what']}")
+    return int(any(row["state"] != "ok" for row in rows))
+
+
+def _asked(name: str) -> dict[str, str]:
+    """Ask one variant's servers; what is wrong is the answer."""
+    try:
+        job = index.resolved(common.job(name))
+        digest = obtain.expected_digest(job)
+        words = [_there(job, job.source())]
+        words.append(f"{digest[0]} from the list" if digest else "no checksum")
+        if job.signature is None:
+            words.append("no signature")
+        elif job.checksum is not None:  # it was over the list
+            words.append("signature good")
+        elif isinstance(job.signature, Location):
+            words.append(f"signature {_there(job, job.signature)}")
+    except Error as error:
+        return {"name": name, "state": "error", "what": "; ".join(error.lines)}
+    return {"name": name, "state": "ok", "what": ", ".join(words)}
+
+
+def _there(job: Job, place: Location) -> str:
+    if place.url is None:
+        with locations.open_file(Path(str(place.path))) as file:
+            return log.size(file.seek(0, 2))
+    options = locations.options(job.config)
+    size_bytes = locations.first(job.config, place.url, lambda url: fetch.size(url, options))
+    if size_bytes is None:
+        raise Error(f"{place}: does not answer, or without a length")
+    return log.size(size_bytes)

@@ -6,6 +6,7 @@ A value given to Ganeti (-O, also private and secret ones) beats the variant's, 
 
 from __future__ import annotations
 
+import datetime
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from lib.settings.values import FORMATS, Checksum, Document, Location
 DOCUMENT_LIMIT_BYTES = 1 << 20
 VALUE_LIMIT = 4096
 OS_PARAMETER = "OS parameter"  # where a value is from, unless from a file
-VARIANT_KEYS = ("description", "architecture", "keyring")
+VARIANT_KEYS = ("description", "architecture", "keyring", "end_of_life", "index", "index_match")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Job:
     variant: Optional[str]
     description: str
     keyring: Optional[Path]
+    end_of_life: Optional[datetime.date]
+    index: Optional[Location]
+    index_match: str
     image: Optional[Location]  # an import needs none
     format: str
     checksum: Checksum
@@ -197,33 +201,52 @@ class Given(NamedTuple):
         return log.printable(log.redact(self.text), 80)
 
 
-class _Variant(NamedTuple):
+class Variant(NamedTuple):
     """A variant's file and its keys; no variant has none."""
 
     source: str
     keys: Mapping[str, str]
 
+    @property
+    def is_for_this_machine(self) -> bool:
+        """Whether its images are for this node's architecture."""
+        named = self.keys.get("architecture", "").replace(",", " ").split()
+        return not named or platform.machine() in named
 
-def _variant(env: Environment) -> _Variant:
+
+def read_variant(env: Environment) -> Variant:
+    """Return the variant that the environment names; Error with a hint for an unknown one."""
     if env.variant is None:
-        return _Variant("variant", {})
+        return Variant("variant", {})
     files = variant_files(config_directory(env))
     if env.variant not in files:
         raise Error(
             f"OS_VARIANT={env.variant}: there is no variants.d/{env.variant}.conf",
-            config.nearest(env.variant, files),
+            _nearest(env.variant, files),
         )
     known = {"variant": [*NAMES, *VARIANT_KEYS]}
     source = files[env.variant]
-    return _Variant(str(source), config.read_ini(source, known).get("variant", {}))
+    return Variant(str(source), config.read_ini(source, known).get("variant", {}))
+
+
+def _nearest(name: str, files: Mapping[str, Path]) -> str:
+    """Return the hint for an unknown variant; code names are in the descriptions."""
+    asked = set(re.findall(r"[a-z]+|[0-9.]+", name.lower()))
+    for known, path in files.items():
+        text = path.read_text("utf-8", "replace").lower()
+        description = re.search(r"^description *= *(.*)$", text, re.MULTILINE)
+        words = f"{known} {description[1] if description else ''}"
+        if asked and asked <= set(re.findall(r"[a-z]+|[0-9.]+", words)):
+            return f"did you mean {known}?"
+    return config.nearest(name, files)
 
 
 def given(env: Environment) -> list[Given]:
     """Return what each parameter is given as, in the table's order."""
-    return _given(env, _variant(env), load_config(env))
+    return _given(env, read_variant(env), load_config(env))
 
 
-def _given(env: Environment, variant: _Variant, settings: Config) -> list[Given]:
+def _given(env: Environment, variant: Variant, settings: Config) -> list[Given]:
     result = []
     for parameter in TABLE:
         layers = (
@@ -239,7 +262,7 @@ def _given(env: Environment, variant: _Variant, settings: Config) -> list[Given]
 def parse(env: Environment) -> Job:
     """Return the Job; Error lists every problem of every layer, a line each."""
     settings = load_config(env)
-    variant = _variant(env)
+    variant = read_variant(env)
     by_variable = {parameter.field.upper(): parameter for parameter in TABLE}
     names = [parameter.field for parameter in TABLE]
     problems = [
@@ -255,10 +278,13 @@ def parse(env: Environment) -> Job:
             found[parameter.field] = _parsed(parameter, each.text)
         except ValueError as error:
             problems.append(f"{parameter.name}={each.shown} ({each.origin}): must be {error}")
-    problems += _architecture_problems(variant.keys.get("architecture", ""), variant.source)
+    if not variant.is_for_this_machine:
+        words = f"architecture={variant.keys['architecture']}: this node is {platform.machine()}"
+        problems.append(f"{variant.source}: {words}; use another variant")
     keyring = variant.keys.get("keyring", "")
     if keyring and not keyring.startswith("/"):
         problems.append(f"{variant.source}: keyring={keyring}: must be an absolute path")
+    own = _own_keys(variant, found, problems)
     problems += _conflicts(found, settings, keyring)
     problems += _metad_conflicts(found, origins)
     if problems:
@@ -269,6 +295,7 @@ def parse(env: Environment) -> Job:
         variant=env.variant,
         description=variant.keys.get("description", ""),
         keyring=Path(keyring) if keyring else None,
+        **own,
         **found,
     )
 
@@ -285,11 +312,28 @@ def _parsed(parameter: Parameter, value: str) -> Any:
     return parameter.parse(value)
 
 
-def _architecture_problems(architectures: str, source: str) -> list[str]:
-    machine = platform.machine()
-    if not architectures or machine in architectures.replace(",", " ").split():
-        return []
-    return [f"{source}: architecture={architectures}: this node is {machine}; use another variant"]
+def _own_keys(variant: Variant, found: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the keys that only a variant has, and add what is wrong with them to `problems`."""
+    keys, where = variant.keys, variant.source
+    index, match, end_of_life = None, keys.get("index_match", ""), None
+    groups: set[str] = set()
+    try:
+        if keys.get("index"):
+            index = values.location(keys["index"])
+            match = re.sub(r"\{(deb_)?arch\}", lambda each: values.filled(each[0]), match)
+            groups = set(re.compile(match).groupindex)
+        if keys.get("end_of_life"):
+            end_of_life = datetime.date.fromisoformat(keys["end_of_life"])
+    except (ValueError, re.error) as error:
+        problems.append(f"{where}: index, index_match or end_of_life (YYYY-MM-DD): {error}")
+    for name in ("image", "checksum", "signature"):
+        if values.names(found.get(name)) - groups:
+            shown = log.printable(str(found[name]), 80)
+            problems.append(
+                f"{name}={shown}: must be without other {{names}} than {{arch}} and {{deb_arch}}"
+                f" and the named groups of index_match in {where}"
+            )
+    return {"index": index, "index_match": match, "end_of_life": end_of_life}
 
 
 def _conflicts(found: Mapping[str, Any], settings: Config, keyring: str) -> list[str]:

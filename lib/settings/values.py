@@ -62,18 +62,21 @@ def choice(*known: str) -> Callable[[str], str]:
     return parse
 
 
-def _fill(value: str) -> str:
+def filled(value: str) -> str:
     """Fill in the node's architecture."""
     machine = platform.machine()
     value = value.replace("{arch}", machine)
-    value = value.replace("{deb_arch}", DEBIAN_ARCHITECTURES.get(machine, machine))
-    if re.search(r"\{[a-z_]+\}", value):
-        raise ValueError("without other {names} than {arch} and {deb_arch}")
-    return value
+    return value.replace("{deb_arch}", DEBIAN_ARCHITECTURES.get(machine, machine))
+
+
+def names(value: object) -> set[str]:
+    """Return the {names} in a value that the vendor's index must fill in."""
+    text = str(value.url or value.path) if isinstance(value, Location) else str(value)
+    return set(re.findall(r"\{([a-z_]+)\}", text))
 
 
 def location(value: str) -> Location:
-    value = _fill(value)
+    value = filled(value)
     if re.search(r"[^\x21-\x7e]", value):
         raise ValueError("printable ASCII without spaces (percent-encode a URL, rename a file)")
     scheme, colon, rest = value.partition("://")
@@ -99,6 +102,8 @@ def image(value: str) -> Optional[Location]:
 def checksum(value: str) -> Checksum:
     if value == "none":
         return None
+    if value in ("sha256:{digest}", "sha512:{digest}"):
+        return value[:6], value[7:]
     match = re.fullmatch(r"(sha256|sha512):([0-9a-fA-F]+)", value)
     if match and len(match[2]) == int(match[1][3:]) // 4:
         return match[1], match[2].lower()

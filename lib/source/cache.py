@@ -107,7 +107,12 @@ class Cache:
         stays; only a full file system is put into words of our own. A directory that cannot be used
         is a WARNING, and the image is made in a temporary one, for this use only.
         """
-        name = entry_name(key)
+        with self.adopt(entry_name(key), refresh) as entry:
+            yield entry
+
+    @contextmanager
+    def adopt(self, name: str, refresh: Refresh) -> Iterator[Entry]:
+        """Do what entry() does, for an entry that is known by its name only: another node's."""
         with ExitStack() as filling:
             try:
                 with context(f"cache {self.directory}"):

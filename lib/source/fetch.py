@@ -17,6 +17,9 @@ from lib.source.web import Options, Unavailable
 
 __all__ = ["Options", "Response", "Unavailable", "download", "prepare", "probe", "read"]
 
+# What some servers call every stored .gz, whoever asks. The bytes are kept as they come, as curl
+# and wget do: the digest is over them, and the decoder sees what they are.
+STORED_GZIP = ("gzip", "x-gzip")
 ONE_BYTE = {"Range": "bytes=0-0"}
 
 
@@ -51,7 +54,7 @@ def download(
     headers = {key: value for key, value in conditions.items() if value}
     progress = log.Progress(f"fetch: {log.redact(url)}", None)
     transfer = _Transfer(url, output, options, algorithms, headers, need_framing, progress)
-    transfer.begun = begun
+    transfer.begun, transfer.is_image = begun, True
     try:
         modified = transfer.run()
     finally:
@@ -120,6 +123,8 @@ class _Transfer:
     last_modified: Optional[str] = None
     digests: dict[str, Any] = field(default_factory=dict)
     begun: Callable[[Optional[int]], None] = lambda total_bytes: None
+    is_image: bool = False
+    encoding: str = "identity"
 
     def run(self) -> bool:
         """Try until the body is whole; False if it is not modified."""
@@ -188,8 +193,8 @@ class _Transfer:
         """Take the header of a whole body, and refuse one that cannot be trusted."""
         self._restart()
         headers, length = answer.headers, _length(answer)
-        encoding = headers.get("Content-Encoding", "identity")
-        if encoding.lower() != "identity":
+        encoding = _encoding(answer)
+        if encoding != "identity" and not (self.is_image and encoding in STORED_GZIP):
             raise Error(f"{answer.shown}: came with Content-Encoding {encoding}, unasked")
         if self.need_framing and length is None and "Transfer-Encoding" not in headers:
             raise Error(
@@ -197,6 +202,7 @@ class _Transfer:
                 "set checksum",
             )
         self._fits(length or 0, answer.shown)
+        self.encoding = encoding
         self.total, self.etag = length, headers.get("ETag")
         self.last_modified = headers.get("Last-Modified")
         if self.progress:
@@ -210,7 +216,7 @@ class _Transfer:
         if (
             answer.headers.get("Content-Range") != there
             or answer.headers.get("ETag", self.etag) != self.etag
-            or answer.headers.get("Content-Encoding", "identity").lower() != "identity"
+            or _encoding(answer) != self.encoding
             or _length(answer) not in (None, self.total - self.received)
         ):
             self._restart()
@@ -229,6 +235,10 @@ class _Transfer:
             digest.update(block)
         if self.progress:
             self.progress.update(self.received)
+
+
+def _encoding(answer: web.Answer) -> str:
+    return answer.headers.get("Content-Encoding", "identity").lower()
 
 
 def _length(answer: web.Answer) -> Optional[int]:

@@ -19,7 +19,7 @@ from lib.settings import url
 from lib.settings.config import Config
 from lib.settings.params import Job
 from lib.settings.values import Digest, Location
-from lib.source import cache, checksum, decode, fetch, locations
+from lib.source import cache, checksum, decode, fetch, index, locations
 
 LIST_LIMIT_BYTES = 1 << 20
 
@@ -141,6 +141,7 @@ def _whole(location: Location) -> str:
 def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[Path, cache.Note]]:
     """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
     try:
+        job = index.resolved(job)
         expected = expected_digest(job)
         if old and expected and old["digests"].get(expected[0]) == expected[1]:
             log.step(f"image: {job.source()} is in the cache ({expected[0]} as expected)")

@@ -78,6 +78,12 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def pair() -> Iterator[Cluster]:
+    """Start a cluster of two nodes; node1 is its master."""
+    yield from start("-n", "2")
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with small.raw and small.qcow2; the cluster's nodes see it too."""
     folder = tmp_path_factory.mktemp("images")

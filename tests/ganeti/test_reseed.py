@@ -9,17 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.ganeti.conftest import Cluster, start
+from tests.ganeti.conftest import Cluster
 
 pytestmark = pytest.mark.cluster
 COMMAND = ROOT / "lib/cloudimage"
 NAME = "vm1.example.com"
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Cluster]:
-    """Start a cluster of two nodes."""
-    yield from start("-n", "2")
 
 
 @pytest.fixture(scope="module", params=["node1.example.com", "node2.example.com"])
