@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from lib import compression, environment, hooks, log, run
+from lib import compression, environment, hooks, log, run, tools
 from lib.disk import partition, transfer
 from lib.disk import target as disk
 from lib.environment import Environment
@@ -25,7 +25,6 @@ from lib.settings.params import Job
 from lib.settings.values import Document
 from lib.source import locations, obtain
 
-TOOLS = ("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy")
 SEED_DISK = "cidata"
 WORK_PREFIX, STALE_S = "cloudimage-", 60.0
 METAD_URL = "http://169.254.169.254/ganeti/latest"
@@ -39,7 +38,7 @@ def create(env: Environment) -> None:
     name, _uuid = env.identity()
     job = params.parse(env)
     first, seed_disk = env.first_disk(), _seed_disk(env, job)
-    run.require(*TOOLS)
+    run.require(*tools.CORE)
     target = disk.open_target(first)
     for phase in hooks.PHASES:
         hooks.find(params.config_directory(env), phase)
@@ -54,7 +53,7 @@ def create(env: Environment) -> None:
                 (texts / file).write_bytes(data)
         call_hooks = _hook_caller(env, job, texts)
         call_hooks("pre")
-        with obtain.raw_image(job) as raw:
+        with obtain.raw_image(job, target.size_bytes) as raw:
             disk.require(target, raw.size_bytes)
             plan = _plan(raw, target, "none" if seed_disk else job.seed)
             place = _place(target, plan.seed, seed_disk)

@@ -15,17 +15,19 @@ NEEDED: dict[str, Optional[tuple[int, ...]]] = {
     "gpgv": None,
     "gzip": None,
     "lz4": None,
-    "mcopy": (4, 0),
-    "mdir": (4, 0),
-    "mkfs.vfat": (4, 0),  # --invariant
+    "mcopy": None,
+    "mdir": None,
+    "mkfs.vfat": (4, 2),  # --invariant
     "prlimit": None,
     "qemu-img": (5, 2),
-    "qemu-nbd": (5, 2),
-    "setpriv": (2, 34),
+    "qemu-nbd": None,
+    "setpriv": None,
     "sfdisk": (2, 36),
     "xz": None,
     "zstd": None,
 }
+# what every create needs, whatever the image is
+CORE = ("bwrap", "mcopy", "mkfs.vfat", "prlimit", "qemu-img", "setpriv", "sfdisk")
 _TRIAL_S = 10.0
 
 

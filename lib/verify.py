@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 
-from lib import hooks
+from lib import hooks, tools
 from lib.environment import Environment
 from lib.errors import Error, several
 from lib.guest import keys, seed
@@ -14,14 +15,19 @@ from lib.settings.params import Job
 from lib.settings.values import Document, Location
 from lib.source import locations
 
+NETWORK_S = 20.0  # for all questions together: what does not answer passes
+
 
 def verify(env: Environment) -> None:
     """Check the OS parameters and the variant; every problem is a line.
 
     Called by Ganeti before it adds, reinstalls or modifies an instance.
     """
-    job = _resolved(params.parse(env))
-    problems: list[str] = []
+    job = params.parse(env)
+    job = _resolved(replace(job, config=replace(job.config, deadline=time.monotonic() + NETWORK_S)))
+    problems = [problem for tool in tools.CORE if (problem := tools.problem(tool))]
+    if not problems:
+        tools.try_sandbox()
     directory = params.config_directory(env)
     hooks.warn(directory)
     brought = bool(hooks.find(directory, "pre"))  # a pre hook may bring a local image

@@ -82,6 +82,11 @@ ONE_NIC = {
         [{"type": "static6", "address": "2001:db8::10/64", "gateway": "2001:db8::1"}],
         {"addresses": ["2001:db8::10/64"], "gateway6": "2001:db8::1"},
     ),
+    "IPv6 only, made of the MAC": (
+        nic(**LAN6),
+        [{"type": "static6", "address": EUI64, "gateway": "2001:db8::1"}],
+        {"addresses": [EUI64], "gateway6": "2001:db8::1"},
+    ),
     "IPv6 without network": (nic(ip="2001:db8::10"), [{"type": "dhcp6"}], {"dhcp6": True}),
     "IPv6 by a link-local gateway": (
         nic(ip="2001:db8::10", **{**LAN6, "gateway6": "fe80::1"}),
@@ -137,6 +142,13 @@ ONE_NIC = {
 def test_one_nic(given: Nic, subnets: list[dict[str, Any]], entry: dict[str, Any]) -> None:
     assert v1([given]) == [subnets]
     assert v2([given]) == [entry]
+
+
+def test_an_address_without_a_network_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert v1([nic(ip="192.0.2.10", mode="ext")]) == [[{"type": "dhcp"}]]
+    assert "WARNING: NIC_0_IP=192.0.2.10: the guest asks DHCP" in capsys.readouterr().err
+    v1([nic()])
+    assert capsys.readouterr().err == ""
 
 
 def test_mode_dhcp_leaves_only_the_communication_nic_static() -> None:

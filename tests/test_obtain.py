@@ -42,12 +42,15 @@ class Node:
         (self.folder / "variants.d/signed.conf").write_text(f"[variant]\nkeyring = {keyring}\n")
         self.variant = "signed"
 
-    def image(self, image: object, **parameters: str) -> bytes:
-        """Return the raw image, as create would get it."""
+    def job(self, image: object, **parameters: str) -> params.Job:
         variables = {"CLOUDIMAGE_CONFDIR": str(self.folder), "OS_VARIANT": self.variant}
         variables |= {f"OSP_{name.upper()}": value for name, value in parameters.items()}
         variables["OSP_IMAGE"] = str(image)
-        with obtain.raw_image(params.parse(Environment.from_environ(variables))) as raw:
+        return params.parse(Environment.from_environ(variables))
+
+    def image(self, image: object, **parameters: str) -> bytes:
+        """Return the raw image, as create would get it."""
+        with obtain.raw_image(self.job(image, **parameters)) as raw:
             data = os.pread(raw.file.fileno(), raw.size_bytes + 1, 0)
         assert len(data) == raw.size_bytes
         return data
@@ -532,3 +535,14 @@ def test_two_urls_are_two_entries(first: dict[str, str], second: dict[str, str])
     assert key(first) != key(second)
     with_user = {name: value.replace("://", "://me:pw@") for name, value in first.items()}
     assert key(with_user) == key(first)
+
+
+def test_what_is_announced_too_large_is_not_fetched(node: Node, images: tuple[Path, Path]) -> None:
+    with httpd.serve(
+        {"/image": httpd.content(b"", headers={"Content-Length": "200000000000"})}
+    ) as server:
+        job = node.job(server.url("/image"))
+        with pytest.raises(Error) as caught, obtain.raw_image(job, 64 << 20):
+            pass
+    assert caught.value.message == f"{server.url('/image')}: is larger than the limit of 80.6 MiB"
+    assert caught.value.hint is not None and "--disk 0:size=" in caught.value.hint

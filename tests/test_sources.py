@@ -37,8 +37,12 @@ def test_open_file_refuses(kind: str, words: str, tmp_path: Path) -> None:
         elif kind == "empty":
             path.touch()
         with pytest.raises(Error) as caught:
-            locations.open_file(path)
-    assert caught.value.message == f"{path}: {words}"
+            locations.open_file(path, follow=False)
+        assert caught.value.message == f"{path}: {words}"
+        if kind != "link":  # a link to any of them is no way round
+            (tmp_path / "to it").symlink_to(path)
+            with pytest.raises(Error, match=words):
+                locations.open_file(tmp_path / "to it")
 
 
 def test_open_file_refuses_a_device() -> None:

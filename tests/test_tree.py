@@ -29,8 +29,8 @@ ALLOWED = {
     "guest": GROUND | {"settings"},
     "hooks": GROUND | {"settings"},
     "entry": {"errors", "log", "environment"},
-    "commands": GROUND | {"settings", "source", "disk", "guest", "hooks"},
-    "verify": GROUND | {"settings", "source", "guest", "hooks"},
+    "commands": GROUND | {"settings", "source", "disk", "guest", "hooks", "tools"},
+    "verify": GROUND | {"settings", "source", "guest", "hooks", "tools"},
     "tools": {"errors", "run"},
     "admin": GROUND
     | {"entry", "commands", "settings", "source", "disk", "guest", "hooks", "tools"},

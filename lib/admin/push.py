@@ -76,7 +76,7 @@ def _push_entry(entry: Stored, nodes: list[str]) -> None:
         for node in nodes:
             _send(entry, node, packed, note)
     finally:
-        os.unlink(packed)
+        Path(packed).unlink(missing_ok=True)
 
 
 def _send(entry: Stored, node: str, packed: str, note: str) -> None:

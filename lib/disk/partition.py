@@ -18,6 +18,7 @@ from typing import Optional
 from lib import log, run
 from lib.disk.partition_table import (
     HEAD_SECTORS,
+    PROTECTIVE,
     SECTOR,
     Header,
     Partition,
@@ -104,7 +105,19 @@ def plan(read: Read, image_size_bytes: int, disk_size_bytes: int, seed: str) -> 
         for (first, count), data in zip(ranges, edited)
         if first + count > inside or data != image(first, count)
     ]
+    mbr = _protective(image(0, 1), disk_sectors) if table.gpt is not None else image(0, 1)
+    if mbr != image(0, 1) and not any(offset == 0 for offset, _data in writes):
+        writes.insert(0, (0, mbr))
     return Plan(tuple(writes), place)
+
+
+def _protective(mbr: bytes, disk_sectors: int) -> bytes:
+    """Return the protective MBR with the size of the disk (UEFI 5.2.3); a hybrid one stays."""
+    entry, others = mbr[446:462], mbr[462:510]
+    if entry[4] != PROTECTIVE or any(others):
+        return mbr
+    size = min(disk_sectors - 1, 0xFFFFFFFF).to_bytes(4, "little")
+    return mbr[:458] + size + mbr[462:]
 
 
 def find_seed(read: Read, size_bytes: int) -> Optional[Extent]:

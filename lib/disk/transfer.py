@@ -160,6 +160,19 @@ def _write(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+# what somebody may take for a dump: a disk that begins so boots nowhere
+IMAGES = {
+    b"QFI\xfb": "qcow2",
+    b"KDMV": "vmdk",
+    b"COWD": "vmdk",
+    b"# Disk DescriptorFile": "vmdk",
+    b"<<< ": "vdi",
+    b"conectix": "vpc",
+    b"vhdxfile": "vhdx",
+    b"VMA\x00": "Proxmox VMA",
+}
+
+
 def load(opened: AbstractContextManager[BinaryIO], target: Target) -> int:
     """Write the raw stream behind `opened` to the disk and return its length in bytes.
 
@@ -176,6 +189,12 @@ def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
         block = stream.read(BLOCK_BYTES)
         if not block:
             raise Error("the dump is empty", "look for why the export wrote nothing")
+        for signature, name in IMAGES.items():
+            if block.startswith(signature):
+                raise Error(
+                    f"the dump is a {name} image and not the raw bytes of a disk",
+                    "gnt-instance add -O image= takes it, or qemu-img convert -O raw first",
+                )
         while block:
             yield block
             block = stream.read(BLOCK_BYTES)

@@ -192,9 +192,16 @@ def _link(nic: Nic, mode: str) -> _Link:
     family = 4 if ip is None else ip.version
     own = None if ip is None else _static(nic, ip)
     derived = None if family == 6 else _derived(nic)
+    if ip is not None and own is None:
+        log.warning(
+            f"NIC_{nic.index}_IP={ip}: the guest asks DHCP, nothing tells the prefix of its"
+            " address; connect the NIC to a Ganeti network"
+        )
+    # a network with IPv6 only has no DHCPv4 either
+    is_ipv6_only = ip is None and derived is not None and nic.subnet is None
     return _Link(
         nic,
-        dhcp=() if own else (family,),
+        dhcp=() if own or is_ipv6_only else (family,),
         static=tuple(each for each in (own, derived) if each is not None),
     )
 

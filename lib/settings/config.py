@@ -227,6 +227,7 @@ class Config:
     image_local_paths: tuple[Path, ...]  # empty: every path
     export_compression: str
     defaults: Mapping[str, str]
+    deadline: Optional[float]  # of time.monotonic(): for the whole of a door's questions
     mirrors: Mapping[str, str]  # the beginning of a URL -> what a mirror has in its place
     source: Path
 
@@ -269,4 +270,6 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
             problems.append(f"{path}: [mirror] {error.message}; write https://ORIGIN = URL")
     if problems:
         raise several(problems)
-    return Config(**values, defaults=given.get("defaults", {}), mirrors=mirrors, source=path)
+    return Config(
+        **values, defaults=given.get("defaults", {}), deadline=None, mirrors=mirrors, source=path
+    )

@@ -20,6 +20,8 @@ __all__ = ["Options", "Response", "Unavailable", "download", "prepare", "probe",
 # What some servers call every stored .gz, whoever asks. The bytes are kept as they come, as curl
 # and wget do: the digest is over them, and the decoder sees what they are.
 STORED_GZIP = ("gzip", "x-gzip")
+# An attempt that is slower than this on the average of ten minutes is as good as none.
+PATIENCE_S, LEAST_RATE = 600.0, 16 << 10
 ONE_BYTE = {"Range": "bytes=0-0"}
 
 
@@ -125,6 +127,8 @@ class _Transfer:
     begun: Callable[[Optional[int]], None] = lambda total_bytes: None
     is_image: bool = False
     encoding: str = "identity"
+    attempt_started: float = 0.0
+    resumed_at: int = 0
 
     def run(self) -> bool:
         """Try until the body is whole; False if it is not modified."""
@@ -156,6 +160,7 @@ class _Transfer:
         resume = self._resume_headers()
         if not resume:
             self._restart()
+        self.attempt_started, self.resumed_at = time.monotonic(), self.received
         with session.get(self.url, resume or self.conditions) as answer:
             if answer.status == 304 and self.conditions and not resume:
                 return False
@@ -225,10 +230,14 @@ class _Transfer:
     def _fits(self, size_bytes: int, shown: str) -> None:
         limit = self.options.max_size_bytes
         if size_bytes > limit:
-            raise Error(f"{shown}: is larger than the limit of {log.size(limit)}")
+            words = f"{shown}: is larger than the limit of {log.size(limit)}"
+            raise Error(words, self.options.max_size_hint)
 
     def _add(self, block: bytes, shown: str) -> None:
         self._fits(self.received + len(block), shown)
+        took_s = time.monotonic() - self.attempt_started
+        if took_s > PATIENCE_S and self.received - self.resumed_at < LEAST_RATE * took_s:
+            raise web.Broken(f"slower than {log.size(LEAST_RATE)} a second for {took_s:.0f} s")
         self.output.write(block)
         self.received += len(block)
         for digest in self.digests.values():

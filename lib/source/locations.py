@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Open a file of the node, once: a regular file under this very name and nothing else."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+def open_file(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Open a file of the node, once: a regular one, under this very name unless links count."""
+    flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno == errno.ELOOP and not follow:
             raise Error(f"{path}: is a symbolic link", "name the file itself") from error
         if error.errno == errno.ENXIO:
             raise Error(f"{path}: is not a regular file") from error
@@ -62,6 +62,7 @@ def options(settings: Config) -> fetch.Options:
         read_timeout_s=settings.http_read_timeout,
         retries=settings.http_retries,
         max_size_bytes=settings.image_max_virtual_size,
+        deadline=settings.deadline,
     )
 
 
@@ -88,7 +89,8 @@ def read(location: Location, settings: Config, limit_bytes: int) -> bytes:
         )
     else:
         assert location.path is not None
-        with open_file(location.path) as file:
+        # a text that ends up in the guest must not be another file of the node's
+        with open_file(location.path, follow=not isinstance(location, Document)) as file:
             data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise Error(f"{location}: is larger than {log.size(limit_bytes)}")

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
@@ -46,8 +46,11 @@ def store(settings: Config) -> cache.Cache:
 
 
 @contextmanager
-def raw_image(job: Job) -> Iterator[Raw]:
-    """Hand out the image of the job; for as long as the block lasts, the cache keeps it."""
+def raw_image(job: Job, room_bytes: Optional[int] = None) -> Iterator[Raw]:
+    """Hand out the image of the job; for as long as the block lasts, the cache keeps it.
+
+    room_bytes: the size of the disk that it is for. What is announced larger is not fetched.
+    """
     source = job.source()
     job.require_checksum()
     _warn_unverified(job)
@@ -56,7 +59,7 @@ def raw_image(job: Job) -> Iterator[Raw]:
         if source.path is None:
             if not isinstance(job.checksum, tuple):  # a pinned digest may need no server
                 fetch.prepare(locations.options(job.config))
-            key, refresh = _remote_key(job), partial(_refresh, job)
+            key, refresh = _remote_key(job), partial(_refresh, job, room_bytes)
         else:
             file = stack.enter_context(locations.open_image(job, source.path))
             if not _is_roots(file):
@@ -138,7 +141,9 @@ def _whole(location: Location) -> str:
     return str(location.path) if location.url is None else url.parse(location.url).bare
 
 
-def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[Path, cache.Note]]:
+def _refresh(
+    job: Job, room_bytes: Optional[int], old: Optional[cache.Note], work: Path
+) -> Optional[tuple[Path, cache.Note]]:
     """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
     try:
         job = index.resolved(job)
@@ -149,7 +154,7 @@ def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[
         known = old if expected is None else None
         address = str(job.source().url)
         return locations.first(
-            job.config, address, lambda place: _fetch(job, place, expected, known, work)
+            job.config, address, lambda place: _fetch(job, place, expected, known, work, room_bytes)
         )
     except (fetch.Unavailable, checksum.Mismatch) as error:
         if old is None or isinstance(job.checksum, tuple):
@@ -159,7 +164,12 @@ def _refresh(job: Job, old: Optional[cache.Note], work: Path) -> Optional[tuple[
 
 
 def _fetch(
-    job: Job, place: str, expected: Optional[Digest], known: Optional[cache.Note], work: Path
+    job: Job,
+    place: str,
+    expected: Optional[Digest],
+    known: Optional[cache.Note],
+    work: Path,
+    room_bytes: Optional[int],
 ) -> Optional[tuple[Path, cache.Note]]:
     """Download, verify and decode; None if the server says that the known entry is current.
 
@@ -174,7 +184,7 @@ def _fetch(
         response = fetch.download(
             place,
             file,
-            locations.options(job.config),
+            _options(job.config, room_bytes),
             algorithms=(algorithm,),
             etag=known["etag"] if known else None,
             last_modified=known["last_modified"] if known else None,
@@ -207,6 +217,18 @@ def _fetch(
         "download_bytes": response.size_bytes,
         "fetched": _now(),
     }
+
+
+def _options(settings: Config, room_bytes: Optional[int]) -> fetch.Options:
+    """Return how to download: no format takes more than a hundredth beside the disk's bytes."""
+    options = locations.options(settings)
+    if room_bytes is None:
+        return options
+    limit = room_bytes + room_bytes // 100 + (16 << 20)
+    if limit >= options.max_size_bytes:
+        return options
+    hint = "it cannot fit on the disk; make that larger (--disk 0:size=...)"
+    return replace(options, max_size_bytes=limit, max_size_hint=hint)
 
 
 # --- files of the node -----------------------------------------------------------------------

@@ -66,6 +66,8 @@ class Options:
     read_timeout_s: float = 60.0  # for an answer, and for each BLOCK_BYTES: at least 4 KiB/s
     retries: int = 5
     max_size_bytes: int = 1 << 40
+    max_size_hint: str = "raise max_virtual_size in section [image] of cloudimage.conf"
+    deadline: Optional[float] = None  # of time.monotonic(), for all that is asked
     pause_s: float = 1.0  # before the first retry; doubles with each
     max_pause_s: float = 60.0  # whatever Retry-After asks for
 
@@ -176,6 +178,10 @@ def session(options: Options) -> Iterator[Session]:
         from requests.adapters import HTTPAdapter
     except ImportError as error:
         raise Error("requests: not installed", "install the package python3-requests") from error
+    if os.getenv("RES_OPTIONS") is None:
+        # resolv.conf(5): a look-up cannot be broken off, and 2 silent servers would take 20 s; for
+        # the C library of this process only, which reads it at the first look-up
+        os.putenv("RES_OPTIONS", "timeout:2 attempts:1")
     if options.proxy is not None:
         try:
             parse(options.proxy)
@@ -239,6 +245,10 @@ def _bounded(shown: str, options: Options, wait_s: float) -> Iterator[None]:
     def expire(_number: int, _frame: Optional[FrameType]) -> None:
         raise Broken(f"too slow or silent for {wait_s:g} s")
 
+    if options.deadline is not None:
+        wait_s = min(wait_s, options.deadline - time.monotonic())
+        if wait_s <= 0:
+            raise Broken("there was no time left to ask")
     before = sys.exc_info()[1]
     previous = signal.signal(signal.SIGALRM, expire)
     try:

@@ -46,7 +46,7 @@ def test_push_to_nobody(pair: Cluster, images: Path) -> None:
     pair.run(f"{COMMAND} fetch {images}/small.qcow2")
     assert "give nodes, or --all-nodes" in pair.run(f"{COMMAND} push", 2)
     out = pair.run(f"{COMMAND} push node9.example.com", 1)
-    assert "ERROR: gnt-cluster copyfile: " in out
+    assert "ERROR: gnt-cluster command: Node name node9.example.com not found" in out
     out = pair.run(f"{COMMAND} push --entry 000 node2.example.com", 1)
     assert "ERROR: 000: no such entry; cloudimage cache lists them" in out
     assert pair.run("ls /var/tmp | grep cloudimage-push; true") == ""

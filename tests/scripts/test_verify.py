@@ -6,6 +6,7 @@ import base64
 import resource
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,35 @@ def test_a_password_is_no_hash(door: Door, image: Path, value: str) -> None:
         " openssl passwd -6 make one"
     )
     assert value not in result.log
+
+
+def test_missing_and_old_tools(door: Door, image: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bwrap", "prlimit", "setpriv", "qemu-img", "mcopy"):
+        (tmp_path / "bin" / name).symlink_to(f"/usr/bin/{name}")
+    (tmp_path / "bin/bwrap").unlink()
+    (tmp_path / "bin/bwrap").write_text("#!/bin/sh\necho bubblewrap 0.3.1\n")
+    (tmp_path / "bin/bwrap").chmod(0o755)
+    (tmp_path / "bin/mkfs.vfat").symlink_to("/usr/sbin/mkfs.vfat")
+    door.path = f"{tmp_path}/bin"
+    status, lines = verify(door, OSP_IMAGE=str(image))
+    assert (status, lines) == (
+        1,
+        [
+            "ERROR: bwrap 0.3.1: too old; install bubblewrap 0.4.1 or newer",
+            "ERROR: sfdisk: not installed; install the package fdisk (EL: util-linux)",
+        ],
+    )
+
+
+def test_all_questions_together_have_a_limit(door: Door) -> None:
+    """Servers that drip: six URLs, each of which would be worth half a minute."""
+    with httpd.serve({"/a": httpd.trickle(b"x" * 100, 0.5, from_head=True)}) as server:
+        url = server.url("/a")
+        given = dict.fromkeys(("OSP_IMAGE", "OSP_CHECKSUM", "OSP_USER_DATA"), url)
+        given |= dict.fromkeys(("OSP_VENDOR_DATA", "OSP_SSH_KEYS", "OSP_NETWORK"), url)
+        before = time.monotonic()
+        status, lines = verify(door, **given)
+        took_s = time.monotonic() - before
+    assert (status, lines) == (0, [])
+    assert took_s < 30
