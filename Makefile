@@ -6,11 +6,20 @@ DESTDIR ?=
 BUNDLE = $(DESTDIR)$(PREFIX)/share/ganeti/os/cloudimage
 CONFIG = $(DESTDIR)$(SYSCONFDIR)/ganeti/instance-cloudimage
 COMMAND = $(DESTDIR)$(PREFIX)/sbin/cloudimage
+MANUAL = $(DESTDIR)$(PREFIX)/share/man
+COMPLETION = $(DESTDIR)$(PREFIX)/share/bash-completion/completions/cloudimage
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 # The doors run with the distribution's Python and its requests; so do the tests.
 PYTHON = /usr/bin/python3
 VENV = .venv
 DOORS = create export import rename verify
+PAGES = $(wildcard doc/man/*.[578])
+SERVICES = $(wildcard packaging/*.service packaging/*.timer)
+
+# A module counts by its text's hash, not by its date: packages and copies change dates, and a
+# module that was edited on a node counts as it is. COMPILE=true compiles nothing.
+COMPILE = $(PYTHON) -m compileall -q --invalidation-mode checked-hash
 
 # What the product needs on a node, and what only its tests need.
 PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python3-requests \
@@ -72,15 +81,20 @@ metad-check: packages
 install:
 	install -d $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
 	  $(BUNDLE)/doc/ganeti $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
+	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module || exit; done
+	umask 022; $(COMPILE) -d $(PREFIX)/share/ganeti/os/cloudimage/lib $(BUNDLE)/lib
+	install -m 755 lib/cloudimage $(BUNDLE)/lib
 	install -m 755 $(DOORS) $(BUNDLE)
 	install -m 644 ganeti_api_version parameters.list README.md LICENSE $(BUNDLE)
-	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module; done
-	install -m 755 lib/cloudimage $(BUNDLE)/lib
 	install -m 644 variants.d/*.conf $(BUNDLE)/variants.d
 	install -m 644 hooks.d/pre/README $(BUNDLE)/hooks.d/pre
 	install -m 644 hooks.d/post/README $(BUNDLE)/hooks.d/post
 	install -m 644 doc/*.* $(BUNDLE)/doc
 	install -m 644 doc/ganeti/* $(BUNDLE)/doc/ganeti
+	for page in $(PAGES); do install -D -m 644 $$page $(MANUAL)/man$${page##*.}/$${page##*/} || exit; done
+	for unit in $(SERVICES); do install -D -m 644 $$unit $(UNITS)/$${unit##*/} || exit; done
+	test ! -e packaging/cloudimage.bash-completion || \
+	  install -D -m 644 packaging/cloudimage.bash-completion $(COMPLETION)
 	test -e $(CONFIG)/cloudimage.conf || install -m 644 doc/cloudimage.conf $(CONFIG)
 	test -e $(CONFIG)/variants.list || install -m 644 variants.list $(CONFIG)
 	ln -sfn $(SYSCONFDIR)/ganeti/instance-cloudimage/variants.list $(BUNDLE)/variants.list
@@ -91,7 +105,9 @@ install:
 
 uninstall:
 	rm -rf $(BUNDLE)
-	rm -f $(COMMAND)
+	rm -f $(COMMAND) $(COMPLETION)
+	for page in $(PAGES); do rm -f $(MANUAL)/man$${page##*.}/$${page##*/}; done
+	for unit in $(SERVICES); do rm -f $(UNITS)/$${unit##*/}; done
 	@echo "left alone: $(CONFIG) and the cache"
 
 clean:
