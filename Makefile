@@ -7,7 +7,7 @@ BUNDLE = $(DESTDIR)$(PREFIX)/share/ganeti/os/cloudimage
 CONFIG = $(DESTDIR)$(SYSCONFDIR)/ganeti/instance-cloudimage
 COMMAND = $(DESTDIR)$(PREFIX)/sbin/cloudimage
 MANUAL = $(DESTDIR)$(PREFIX)/share/man
-COMPLETION = $(DESTDIR)$(PREFIX)/share/bash-completion/completions/cloudimage
+COMPLETIONS = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 # The doors run with the distribution's Python and its requests; so do the tests.
@@ -15,6 +15,7 @@ PYTHON = /usr/bin/python3
 VENV = .venv
 DOORS = create export import rename verify
 PAGES = $(wildcard doc/man/*.[578])
+COMPLETION = $(wildcard packaging/cloudimage.bash-completion)
 SERVICES = $(wildcard packaging/*.service packaging/*.timer)
 
 # A module counts by its text's hash, not by its date: packages and copies change dates, and a
@@ -78,7 +79,23 @@ bench: packages
 metad-check: packages
 	tests/metad/check $(GANETI_SOURCE)
 
-install:
+# Another project of this name has the same places: nothing of it may be overwritten, or mixed with
+# ours. Its bundle has doors and no lib/__init__.py; its variants.list names nothing that we have.
+own-bundle:
+	@test ! -e $(BUNDLE)/create || test -e $(BUNDLE)/lib/__init__.py || { \
+	  echo "ERROR: $(BUNDLE) is another provider's ($$(ls -x -w 0 $(BUNDLE))): nothing was changed;" \
+	    "remove or rename it first (doc/migration.md)"; exit 1; } >&2
+
+own-config: own-bundle
+	@names=$$(sed 's/#.*//' $(CONFIG)/variants.list 2>/dev/null | tr -s '[:space:]' ' '); test -z "$${names# }" || { \
+	  for name in $$names; do \
+	    for file in variants.d/$$name.conf $(CONFIG)/variants.d/$$name.conf; do ! test -e $$file || exit 0; done; \
+	  done; \
+	  echo "ERROR: $(CONFIG)/variants.list is another provider's (it names $${names% }): nothing was changed;" \
+	    "remove or rename it first (doc/migration.md)"; exit 1; } >&2
+
+# Modules come before doors: what is broken off here is not taken for another's bundle.
+install: own-config
 	install -d $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
 	  $(BUNDLE)/doc/ganeti $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
 	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module || exit; done
@@ -93,8 +110,7 @@ install:
 	install -m 644 doc/ganeti/* $(BUNDLE)/doc/ganeti
 	for page in $(PAGES); do install -D -m 644 $$page $(MANUAL)/man$${page##*.}/$${page##*/} || exit; done
 	for unit in $(SERVICES); do install -D -m 644 $$unit $(UNITS)/$${unit##*/} || exit; done
-	test ! -e packaging/cloudimage.bash-completion || \
-	  install -D -m 644 packaging/cloudimage.bash-completion $(COMPLETION)
+	test -z "$(COMPLETION)" || install -D -m 644 $(COMPLETION) $(COMPLETIONS)/cloudimage
 	test -e $(CONFIG)/cloudimage.conf || install -m 644 doc/cloudimage.conf $(CONFIG)
 	test -e $(CONFIG)/variants.list || install -m 644 variants.list $(CONFIG)
 	ln -sfn $(SYSCONFDIR)/ganeti/instance-cloudimage/variants.list $(BUNDLE)/variants.list
@@ -103,9 +119,9 @@ install:
 	  echo "variants.list is older and does not name $$name: Ganeti will not offer it until you add it"; done
 	@echo "installed cloudimage $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lib/__init__.py)"
 
-uninstall:
+uninstall: own-bundle
 	rm -rf $(BUNDLE)
-	rm -f $(COMMAND) $(COMPLETION)
+	rm -f $(COMMAND) $(COMPLETIONS)/cloudimage
 	for page in $(PAGES); do rm -f $(MANUAL)/man$${page##*.}/$${page##*/}; done
 	for unit in $(SERVICES); do rm -f $(UNITS)/$${unit##*/}; done
 	@echo "left alone: $(CONFIG) and the cache"
@@ -113,4 +129,5 @@ uninstall:
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup packages lint test check check-root demo bench metad-check install uninstall clean
+.PHONY: help setup packages lint test check check-root demo bench metad-check \
+	own-bundle own-config install uninstall clean

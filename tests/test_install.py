@@ -97,6 +97,26 @@ def test_uninstall(installed: Installed) -> None:
     assert installed.files(installed.config) == before
 
 
+def test_what_comes_along(tmp_path: Path) -> None:
+    """Manual pages, the completion and units: uninstall takes them away too."""
+    place, kinds = Installed(tmp_path / "root"), ("a.8", "b.5", "c.bash-completion", "d.timer")
+    for name in kinds:
+        (tmp_path / name).touch()
+    pages, completion, services = f"{tmp_path}/a.8 {tmp_path}/b.5", tmp_path / kinds[2], kinds[3]
+    more = f"PAGES={pages}", f"COMPLETION={completion}", f"SERVICES={tmp_path / services}"
+    place.make("install", *more)
+    usr = place.root / "usr"
+    expected = {
+        "share/man/man8/a.8",
+        "share/man/man5/b.5",
+        "share/bash-completion/completions/cloudimage",
+        "lib/systemd/system/d.timer",
+    }
+    assert place.files(usr) >= expected
+    place.make("uninstall", *more)
+    assert not place.files(usr)
+
+
 def test_other_places(tmp_path: Path) -> None:
     place = Installed(tmp_path / "root")
     place.make("install", "PREFIX=/usr/local", "SYSCONFDIR=/opt/etc")
@@ -149,6 +169,60 @@ def test_an_edited_module_counts(installed: Installed) -> None:
     os.utime(module, ns=(status.st_atime_ns, status.st_mtime_ns))
     words = subprocess.check_output([installed.bundle / "lib/cloudimage", "-V"], text=True)
     assert words.startswith("cloudimage 1.")
+
+
+# --- another project's files -----------------------------------------------------------------
+
+
+def refused(place: Installed, target: str, *words: str) -> None:
+    """Expect one line of error, and nothing changed."""
+    before = place.content()
+    done = place.tried(target)
+    assert done.returncode != 0
+    line, *rest = done.stderr.splitlines()
+    assert line.startswith("ERROR: ")
+    assert all(word in line for word in words), line
+    assert not [each for each in rest if not each.startswith("make: ")]
+    assert done.stdout == ""
+    assert place.content() == before
+
+
+@pytest.mark.parametrize("target", ["install", "uninstall"])
+def test_a_bundle_of_others_is_left_alone(tmp_path: Path, target: str) -> None:
+    place = Installed(tmp_path / "root")
+    place.bundle.mkdir(parents=True)
+    for name in ("common.sh", "create", "export", "import", "rename", "variant-debian"):
+        (place.bundle / name).write_text("#!/bin/bash\n")
+    words = (str(place.bundle), "common.sh", "variant-debian", "remove or rename it first")
+    refused(place, target, *words)
+
+
+def test_a_configuration_of_others_is_left_alone(tmp_path: Path) -> None:
+    place = Installed(tmp_path / "root")
+    place.config.mkdir(parents=True)
+    (place.config / "variants.list").write_text("debian-bullseye\ndebian-bookworm\n")
+    words = "it names debian-bullseye debian-bookworm"
+    refused(place, "install", f"{place.config}/variants.list", words, "remove or rename it first")
+
+
+@pytest.mark.parametrize("listed", ["# none\n", "gone-1\ndebian-12\n", "gone-1\nmine\n"])
+def test_a_configuration_that_was_there_first(tmp_path: Path, listed: str) -> None:
+    """Written before the first install, or for an older one."""
+    place = Installed(tmp_path / "root")
+    (place.config / "variants.d").mkdir(parents=True)
+    (place.config / "variants.d/mine.conf").write_text("[variant]\n")
+    (place.config / "variants.list").write_text(listed)
+    place.make("install")
+    assert (place.config / "variants.list").read_text() == listed
+
+
+def test_an_install_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+    place = Installed(tmp_path / "root")
+    place.bundle.mkdir(parents=True)
+    (place.bundle / "doc").write_text("in the way\n")
+    assert place.tried("install").returncode != 0
+    (place.bundle / "doc").unlink()
+    place.make("install")
 
 
 def test_what_was_installed_works(installed: Installed, tmp_path: Path) -> None:
