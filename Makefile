@@ -22,11 +22,13 @@ SERVICES = $(wildcard packaging/*.service packaging/*.timer)
 # module that was edited on a node counts as it is. COMPILE=true compiles nothing.
 COMPILE = $(PYTHON) -m compileall -q --invalidation-mode checked-hash
 
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' lib/__init__.py)
+
 # What the product needs on a node, and what only its tests need.
 PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python3-requests \
 	qemu-utils util-linux xz-utils zstd
-TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debian-archive-keyring dmsetup dnsmasq-base \
-	e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools \
+TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyring dh-python dmsetup \
+	dnsmasq-base dpkg-dev e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools lintian \
 	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 socat strace tinyproxy xfsprogs
@@ -38,6 +40,7 @@ help:
 	@echo "make bench      measure sizes and speeds against named peers (root)"
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
 	@echo "make uninstall  take away what install put there, but not the configuration"
+	@echo "make deb        build a Debian package in build/"
 	@echo "make metad-check GANETI_SOURCE=CLONE  prove the change of ganeti-metad (root, not in CI)"
 
 setup: $(VENV)/complete
@@ -102,7 +105,7 @@ install: own-config
 	umask 022; $(COMPILE) -d $(PREFIX)/share/ganeti/os/cloudimage/lib $(BUNDLE)/lib
 	install -m 755 lib/cloudimage $(BUNDLE)/lib
 	install -m 755 $(DOORS) $(BUNDLE)
-	install -m 644 ganeti_api_version parameters.list README.md LICENSE $(BUNDLE)
+	install -m 644 ganeti_api_version parameters.list README.md NEWS LICENSE $(BUNDLE)
 	install -m 644 variants.d/*.conf $(BUNDLE)/variants.d
 	install -m 644 hooks.d/pre/README $(BUNDLE)/hooks.d/pre
 	install -m 644 hooks.d/post/README $(BUNDLE)/hooks.d/post
@@ -117,7 +120,7 @@ install: own-config
 	ln -sfn ../share/ganeti/os/cloudimage/lib/cloudimage $(COMMAND)
 	@for name in $$(cat variants.list); do grep -qx "$$name" $(CONFIG)/variants.list || \
 	  echo "variants.list is older and does not name $$name: Ganeti will not offer it until you add it"; done
-	@echo "installed cloudimage $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lib/__init__.py)"
+	@echo "installed cloudimage $(VERSION)"
 
 uninstall: own-bundle
 	rm -rf $(BUNDLE)
@@ -126,8 +129,30 @@ uninstall: own-bundle
 	for unit in $(SERVICES); do rm -f $(UNITS)/$${unit##*/}; done
 	@echo "left alone: $(CONFIG) and the cache"
 
+# What a release has in it.
+RELEASE = instance-cloudimage-$(VERSION)
+SOURCES = $(DOORS) ganeti_api_version parameters.list variants.list variants.d hooks.d lib doc packaging \
+	Makefile README.md NEWS LICENSE
+
+source:
+	rm -rf build/$(RELEASE)
+	mkdir -p build/$(RELEASE)
+	tar -c --exclude=__pycache__ --mode=u+rwX,go+rX,go-w $(SOURCES) | tar -xp -C build/$(RELEASE)
+
+# The changelog says for each release of NEWS that NEWS has it.
+deb: source
+	rm -rf build/$(RELEASE)/debian
+	cp -r packaging/debian build/$(RELEASE)/debian
+	cp packaging/*.service packaging/*.timer build/$(RELEASE)/debian 2>/dev/null || true
+	sed -n 's/^\* Noteworthy changes in release \(.*\) (\(.*\))$$/\1 \2/p' NEWS | while read -r version day; do \
+	  printf 'instance-cloudimage (%s) unstable; urgency=medium\n\n  * Release %s: see NEWS.\n\n -- %s  %s\n\n' \
+	    "$$version" "$$version" "$$(sed -n 's/^Maintainer: //p' packaging/debian/control)" "$$(date -uRd "$$day")"; \
+	done > build/$(RELEASE)/debian/changelog
+	cd build/$(RELEASE) && dpkg-buildpackage --no-sign
+	@echo "built build/instance-cloudimage_$(VERSION)_all.deb"
+
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup packages lint test check check-root demo bench metad-check \
-	own-bundle own-config install uninstall clean
+	own-bundle own-config install uninstall source deb clean

@@ -61,7 +61,8 @@ def test_install(installed: Installed) -> None:
         check=True,
     ).stdout.split()
     doors = {"create", "export", "import", "rename", "verify"}
-    top = {"ganeti_api_version", "parameters.list", "variants.list", "README.md", "LICENSE"}
+    top = {"ganeti_api_version", "parameters.list", "variants.list", "README.md"}
+    top |= {"NEWS", "LICENSE"}
     assert installed.files(installed.bundle) >= {*tracked, *doors, *top}
     assert not (installed.bundle / "tests").exists()
     assert installed.files(installed.config) == {"cloudimage.conf", "variants.list"}
