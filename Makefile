@@ -6,17 +6,29 @@ DESTDIR ?=
 BUNDLE = $(DESTDIR)$(PREFIX)/share/ganeti/os/cloudimage
 CONFIG = $(DESTDIR)$(SYSCONFDIR)/ganeti/instance-cloudimage
 COMMAND = $(DESTDIR)$(PREFIX)/sbin/cloudimage
+MANUAL = $(DESTDIR)$(PREFIX)/share/man
+COMPLETIONS = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 # The doors run with the distribution's Python and its requests; so do the tests.
 PYTHON = /usr/bin/python3
 VENV = .venv
 DOORS = create export import rename verify
+PAGES = $(wildcard doc/man/*.[578])
+COMPLETION = $(wildcard packaging/cloudimage.bash-completion)
+SERVICES = $(wildcard packaging/*.service packaging/*.timer)
+
+# A module counts by its text's hash, not by its date: packages and copies change dates, and a
+# module that was edited on a node counts as it is. COMPILE=true compiles nothing.
+COMPILE = $(PYTHON) -m compileall -q --invalidation-mode checked-hash
+
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' lib/__init__.py)
 
 # What the product needs on a node, and what only its tests need.
 PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python3-requests \
 	qemu-utils util-linux xz-utils zstd
-TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debian-archive-keyring dmsetup dnsmasq-base \
-	e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools \
+TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyring dh-python dmsetup \
+	dnsmasq-base dpkg-dev e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools lintian \
 	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 socat strace tinyproxy xfsprogs
@@ -28,6 +40,7 @@ help:
 	@echo "make bench      measure sizes and speeds against named peers (root)"
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
 	@echo "make uninstall  take away what install put there, but not the configuration"
+	@echo "make deb        build a Debian package in build/"
 	@echo "make metad-check GANETI_SOURCE=CLONE  prove the change of ganeti-metad (root, not in CI)"
 
 setup: $(VENV)/complete
@@ -69,33 +82,78 @@ bench: packages
 metad-check: packages
 	tests/metad/check $(GANETI_SOURCE)
 
-install:
+# Another project of this name has the same places: nothing of it may be overwritten, or mixed with
+# ours. Its bundle has doors and no lib/__init__.py; its variants.list names nothing that we have.
+own-bundle:
+	@test ! -e $(BUNDLE)/create || test -e $(BUNDLE)/lib/__init__.py || { \
+	  echo "ERROR: $(BUNDLE) is another provider's ($$(ls -x -w 0 $(BUNDLE))): nothing was changed;" \
+	    "remove or rename it first (doc/migration.md)"; exit 1; } >&2
+
+own-config: own-bundle
+	@names=$$(sed 's/#.*//' $(CONFIG)/variants.list 2>/dev/null | tr -s '[:space:]' ' '); test -z "$${names# }" || { \
+	  for name in $$names; do \
+	    for file in variants.d/$$name.conf $(CONFIG)/variants.d/$$name.conf; do ! test -e $$file || exit 0; done; \
+	  done; \
+	  echo "ERROR: $(CONFIG)/variants.list is another provider's (it names $${names% }): nothing was changed;" \
+	    "remove or rename it first (doc/migration.md)"; exit 1; } >&2
+
+# Modules come before doors: what is broken off here is not taken for another's bundle.
+install: own-config
 	install -d $(BUNDLE)/variants.d $(BUNDLE)/hooks.d/pre $(BUNDLE)/hooks.d/post \
 	  $(BUNDLE)/doc/ganeti $(BUNDLE)/doc/examples $(dir $(COMMAND)) $(CONFIG)/variants.d $(CONFIG)/hooks.d/pre $(CONFIG)/hooks.d/post
-	install -m 755 $(DOORS) $(BUNDLE)
-	install -m 644 ganeti_api_version parameters.list README.md LICENSE $(BUNDLE)
-	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module; done
+	for module in $$(find lib -name '*.py'); do install -D -m 644 $$module $(BUNDLE)/$$module || exit; done
+	umask 022; $(COMPILE) -d $(PREFIX)/share/ganeti/os/cloudimage/lib $(BUNDLE)/lib
 	install -m 755 lib/cloudimage $(BUNDLE)/lib
+	install -m 755 $(DOORS) $(BUNDLE)
+	install -m 644 ganeti_api_version parameters.list README.md NEWS LICENSE $(BUNDLE)
 	install -m 644 variants.d/*.conf $(BUNDLE)/variants.d
 	install -m 644 hooks.d/pre/README $(BUNDLE)/hooks.d/pre
 	install -m 644 hooks.d/post/README $(BUNDLE)/hooks.d/post
 	install -m 644 doc/*.* $(BUNDLE)/doc
 	install -m 644 doc/ganeti/* $(BUNDLE)/doc/ganeti
 	install -m 644 doc/examples/* $(BUNDLE)/doc/examples
+	for page in $(PAGES); do install -D -m 644 $$page $(MANUAL)/man$${page##*.}/$${page##*/} || exit; done
+	for unit in $(SERVICES); do install -D -m 644 $$unit $(UNITS)/$${unit##*/} || exit; done
+	test -z "$(COMPLETION)" || install -D -m 644 $(COMPLETION) $(COMPLETIONS)/cloudimage
 	test -e $(CONFIG)/cloudimage.conf || install -m 644 doc/cloudimage.conf $(CONFIG)
 	test -e $(CONFIG)/variants.list || install -m 644 variants.list $(CONFIG)
 	ln -sfn $(SYSCONFDIR)/ganeti/instance-cloudimage/variants.list $(BUNDLE)/variants.list
 	ln -sfn ../share/ganeti/os/cloudimage/lib/cloudimage $(COMMAND)
 	@for name in $$(cat variants.list); do grep -qx "$$name" $(CONFIG)/variants.list || \
 	  echo "variants.list is older and does not name $$name: Ganeti will not offer it until you add it"; done
-	@echo "installed cloudimage $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lib/__init__.py)"
+	@echo "installed cloudimage $(VERSION)"
 
-uninstall:
+uninstall: own-bundle
 	rm -rf $(BUNDLE)
-	rm -f $(COMMAND)
+	rm -f $(COMMAND) $(COMPLETIONS)/cloudimage
+	for page in $(PAGES); do rm -f $(MANUAL)/man$${page##*.}/$${page##*/}; done
+	for unit in $(SERVICES); do rm -f $(UNITS)/$${unit##*/}; done
 	@echo "left alone: $(CONFIG) and the cache"
+
+# What a release has in it.
+RELEASE = instance-cloudimage-$(VERSION)
+SOURCES = $(DOORS) ganeti_api_version parameters.list variants.list variants.d hooks.d lib doc packaging \
+	Makefile README.md NEWS LICENSE
+
+source:
+	rm -rf build/$(RELEASE)
+	mkdir -p build/$(RELEASE)
+	tar -c --exclude=__pycache__ --mode=u+rwX,go+rX,go-w $(SOURCES) | tar -xp -C build/$(RELEASE)
+
+# The changelog says for each release of NEWS that NEWS has it.
+deb: source
+	rm -rf build/$(RELEASE)/debian
+	cp -r packaging/debian build/$(RELEASE)/debian
+	cp packaging/*.service packaging/*.timer build/$(RELEASE)/debian 2>/dev/null || true
+	sed -n 's/^\* Noteworthy changes in release \(.*\) (\(.*\))$$/\1 \2/p' NEWS | while read -r version day; do \
+	  printf 'instance-cloudimage (%s) unstable; urgency=medium\n\n  * Release %s: see NEWS.\n\n -- %s  %s\n\n' \
+	    "$$version" "$$version" "$$(sed -n 's/^Maintainer: //p' packaging/debian/control)" "$$(date -uRd "$$day")"; \
+	done > build/$(RELEASE)/debian/changelog
+	cd build/$(RELEASE) && dpkg-buildpackage --no-sign
+	@echo "built build/instance-cloudimage_$(VERSION)_all.deb"
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup packages lint test check check-root demo bench metad-check install uninstall clean
+.PHONY: help setup packages lint test check check-root demo bench metad-check \
+	own-bundle own-config install uninstall source deb clean

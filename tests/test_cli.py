@@ -1,4 +1,4 @@
-"""The command cloudimage, and what make install puts where; both run as an administrator would."""
+"""The command cloudimage, run as an administrator would."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import os
 import pty
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from lib.source import obtain
 from tests import httpd
 from tests.conftest import ROOT, SYSTEM_PATH, require
 from tests.images import MIB, convert, disk_image
-from tests.scripts.conftest import Door, seed_files
 
 Done = subprocess.CompletedProcess[str]
 
@@ -258,126 +256,3 @@ def test_progress_on_a_terminal_only(command: Command, image: Path) -> None:
     assert done.returncode == 0
     assert "\r" not in done.stderr
     assert "%" not in done.stderr
-
-
-# --- make install ----------------------------------------------------------------------------
-
-
-class Installed:
-    """What make install put below a folder."""
-
-    def __init__(self, root: Path) -> None:
-        require("make")
-        self.root = root
-        self.bundle = root / "usr/share/ganeti/os/cloudimage"
-        self.config = root / "etc/ganeti/instance-cloudimage"
-        self.command = root / "usr/sbin/cloudimage"
-
-    def make(self, target: str, *more: str) -> str:
-        """Run make with a strict umask."""
-        words = shlex.join(["make", "-sC", str(ROOT), target, f"DESTDIR={self.root}", *more])
-        done = subprocess.run(
-            ["sh", "-c", f"umask 077; {words}"], capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    def files(self, folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-
-
-@pytest.fixture
-def installed(tmp_path: Path) -> Installed:
-    place = Installed(tmp_path / "root")
-    place.make("install")
-    return place
-
-
-def test_install(installed: Installed) -> None:
-    tracked = subprocess.run(
-        ["git", "ls-files", "lib", "variants.d", "hooks.d", "doc"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    doors = {"create", "export", "import", "rename", "verify"}
-    top = {"ganeti_api_version", "parameters.list", "variants.list", "README.md", "LICENSE"}
-    assert installed.files(installed.bundle) >= {*tracked, *doors, *top}
-    assert not [path for path in installed.bundle.rglob("*") if path.name == "__pycache__"]
-    assert not (installed.bundle / "tests").exists()
-    assert installed.files(installed.config) == {"cloudimage.conf", "variants.list"}
-    for folder in ("variants.d", "hooks.d/pre", "hooks.d/post"):
-        assert (installed.config / folder).is_dir()
-    executable = {installed.bundle / name for name in (*doors, "lib/cloudimage")}
-    for path in installed.root.rglob("*"):
-        if not path.is_symlink():
-            mode = 0o755 if path.is_dir() or path in executable else 0o644
-            assert path.stat().st_mode & 0o7777 == mode, path
-    link = Path(os.readlink(installed.command))
-    assert not link.is_absolute()
-    assert installed.command.resolve() == installed.bundle / "lib/cloudimage"
-    named = Path(os.readlink(installed.bundle / "variants.list"))
-    assert installed.root / named.relative_to("/") == installed.config / "variants.list"
-
-
-def test_a_second_install_keeps_what_was_edited(installed: Installed) -> None:
-    edited = [installed.config / name for name in ("cloudimage.conf", "variants.list")]
-    for path in edited:
-        path.write_text("# edited\n")
-    (installed.bundle / "create").write_text("old\n")
-    installed.make("install")
-    assert [path.read_text() for path in edited] == ["# edited\n"] * 2
-    assert (installed.bundle / "create").read_bytes() == (ROOT / "create").read_bytes()
-
-
-def test_uninstall(installed: Installed) -> None:
-    before = installed.files(installed.config)
-    assert installed.make("uninstall") == f"left alone: {installed.config} and the cache\n"
-    assert not installed.bundle.exists()
-    assert not os.path.lexists(installed.command)
-    assert installed.files(installed.config) == before
-
-
-def test_other_places(tmp_path: Path) -> None:
-    place = Installed(tmp_path / "root")
-    place.make("install", "PREFIX=/usr/local", "SYSCONFDIR=/opt/etc")
-    bundle = place.root / "usr/local/share/ganeti/os/cloudimage"
-    assert (bundle / "create").exists()
-    named = os.readlink(bundle / "variants.list")
-    assert named == "/opt/etc/ganeti/instance-cloudimage/variants.list"
-    assert (place.root / "opt/etc/ganeti/instance-cloudimage/cloudimage.conf").exists()
-    assert (place.root / "usr/local/sbin/cloudimage").resolve() == bundle / "lib/cloudimage"
-
-
-def test_what_was_installed_works(installed: Installed, image: Path, tmp_path: Path) -> None:
-    """With the installed configuration, of which only the cache's place is changed."""
-    require("mkfs.vfat", "mcopy", "mtype")
-    cache = tmp_path / "cache"
-    config = installed.config / "cloudimage.conf"
-    default = "#dir = /var/cache/ganeti-instance-cloudimage"
-    assert default in config.read_text()
-    config.write_text(config.read_text().replace(default, f"dir = {cache}"))
-    (installed.config / "variants.d/mine.conf").write_text(
-        f"[variant]\nimage = {image.with_suffix('.qcow2')}\n"
-    )
-    folder = tmp_path / "node"
-    folder.mkdir()
-    environment = {"PATH": SYSTEM_PATH, "CLOUDIMAGE_CONFDIR": str(installed.config)}
-    done = subprocess.run(
-        [installed.command, "fetch", "mine"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    disk = tmp_path / "disk"
-    disk.touch()
-    os.truncate(disk, 32 * MIB)
-    done = subprocess.run(
-        [str(installed.bundle / "create")],
-        cwd=installed.bundle,
-        env={**Door(folder).environment([disk], {"OS_VARIANT": "mine"}), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert seed_files(disk)["user-data"] == b""
-    assert not [path for path in installed.bundle.rglob("*") if path.suffix == ".pyc"]
-    assert len(list(cache.glob("*.raw"))) == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from lib import __version__
 from lib.settings import params
 from tests.conftest import ROOT
 
@@ -142,13 +144,22 @@ def test_variants_list_names_every_variant_once() -> None:
     assert listed[0] != "default"
 
 
+def test_news_begin_with_this_version() -> None:
+    title, empty, first = (ROOT / "NEWS").read_text().splitlines()[:3]
+    assert "NEWS" in title
+    assert empty == ""
+    day = r"\(20\d\d-\d\d-\d\d\)"
+    words = f"\\* Noteworthy changes in release {re.escape(__version__)} {day}"
+    assert re.fullmatch(words, first)
+
+
 def test_api_version() -> None:
     assert (ROOT / "ganeti_api_version").read_text() == "20\n"
 
 
 def test_what_is_shipped_is_ascii() -> None:
-    for folder in ("lib", "variants.d", "hooks.d", "doc"):
-        for path in (ROOT / folder).rglob("*"):
+    for folder in ("lib", "variants.d", "hooks.d", "doc", "packaging"):
+        for path in (ROOT / "NEWS", *(ROOT / folder).rglob("*")):
             if path.is_file() and path.suffix not in (".pyc", ".patch"):
                 assert path.read_bytes().isascii(), path
 
@@ -161,5 +172,14 @@ def test_the_top_level_is_as_documented() -> None:
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in tracked.stdout.split()}
     expected = {*DOORS, "ganeti_api_version", "variants.list", "parameters.list", "lib"}
-    expected |= {"variants.d", "hooks.d", "tests", "doc", "Makefile", "README.md", "LICENSE"}
-    assert top <= expected | {"pyproject.toml", ".ci", ".gitignore"}
+    expected |= {
+        "variants.d",
+        "hooks.d",
+        "tests",
+        "doc",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "NEWS",
+    }
+    assert top <= expected | {"packaging", "pyproject.toml", ".ci", ".gitignore"}

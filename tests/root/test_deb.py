@@ -1,0 +1,204 @@
+"""The Debian package: built, installed in a fresh root, upgraded, and purged without a trace."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib import __version__
+from tests.conftest import ROOT, SYSTEM_PATH, require
+
+pytestmark = pytest.mark.root
+
+NAME = "instance-cloudimage"
+BUNDLE = "usr/share/ganeti/os/cloudimage"
+CONFIG = "etc/ganeti/instance-cloudimage"
+OLD = "0.0.9"
+Done = subprocess.CompletedProcess[str]
+
+
+def tree(folder: Path) -> Path:
+    """Copy what makes the package, as a release has it."""
+    parts = "create export import rename verify ganeti_api_version parameters.list variants.list"
+    parts += " variants.d hooks.d lib doc packaging Makefile README.md NEWS LICENSE"
+    folder.mkdir()
+    subprocess.run(["cp", "-r", *parts.split(), folder], cwd=ROOT, check=True)
+    return folder
+
+
+def build(folder: Path) -> Path:
+    """Build the package of a tree; return its .deb."""
+    done = subprocess.run(["make", "-sC", folder, "deb"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (package,) = (folder / "build").glob("*.deb")
+    assert done.stdout.splitlines()[-1] == f"built build/{package.name}"
+    return package
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require("dh", "dh_python3", "dpkg-buildpackage", "make")
+    return build(tree(tmp_path_factory.mktemp("new") / "tree"))
+
+
+@pytest.fixture(scope="module")
+def old(new: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build an older release: one module more, one variant less, another default."""
+    folder = tree(tmp_path_factory.mktemp("old") / "tree")
+    for name, before, after in (
+        ("lib/__init__.py", __version__, OLD),
+        ("NEWS", f"release {__version__} ", f"release {OLD} "),
+        ("variants.list", "debian-13\n", ""),
+        ("doc/cloudimage.conf", "20G", "10G"),
+    ):
+        text = (folder / name).read_text()
+        assert before in text
+        (folder / name).write_text(text.replace(before, after))
+    (folder / "lib/gone.py").write_text('"""A module that was."""\n')
+    return build(folder)
+
+
+class Node:
+    """A Debian with what our package depends on, and nothing else."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.bundle, self.config = root, root / BUNDLE, root / CONFIG
+
+    def __call__(self, *argv: str, **more: str) -> Done:
+        environment = {"PATH": SYSTEM_PATH, "DEBIAN_FRONTEND": "noninteractive", **more}
+        return subprocess.run(
+            ["unshare", "--pid", "--fork", "--mount-proc", "--root", self.root, *argv],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def install(self, package: Path) -> Done:
+        shutil.copy(package, self.root / "package.deb")
+        return self("dpkg", "--force-confold", "--install", "/package.deb")
+
+    def traces(self) -> set[str]:
+        """Return what there is with our name."""
+        found = {str(path.relative_to(self.root)) for path in self.root.rglob("*cloudimage*")}
+        return {path for path in found if not path.startswith("var/log/")}
+
+
+@pytest.fixture(scope="module")
+def fresh(new: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a root with what the package's Depends names."""
+    require("mmdebstrap")
+    depends = subprocess.check_output(["dpkg-deb", "-f", new, "Depends"], text=True)
+    names = ",".join(re.findall(r"^ *([a-z0-9-]+)", depends.replace(",", "\n"), re.M))
+    root = tmp_path_factory.mktemp("node") / "root"
+    options = ["--quiet", "--variant=minbase", f"--include={names}"]
+    subprocess.run(["mmdebstrap", *options, "bookworm", root], check=True)
+    return root
+
+
+@pytest.fixture
+def node(fresh: Path) -> Iterator[Node]:
+    node = Node(fresh)
+    yield node
+    node("dpkg", "--purge", "--force-all", NAME)
+    for folder in ("etc/ganeti", "usr/share/ganeti"):
+        shutil.rmtree(fresh / folder, ignore_errors=True)
+
+
+def test_lintian(new: Path) -> None:
+    require("lintian")
+    # TODO: a page for each command comes with doc/man
+    pages = [] if (ROOT / "doc/man").exists() else ["--suppress-tags=no-manual-page"]
+    (changes,) = new.parent.glob("*.changes")
+    done = subprocess.run(
+        ["lintian", "--allow-root", "--fail-on=error,warning", *pages, changes],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == ""
+
+
+def test_depends_are_what_the_readme_names(new: Path) -> None:
+    line = re.search(r"^    apt-get install (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert line is not None
+    named = set(line[1].split()) - {"gzip", "make"}  # essential; for make install only
+    depends = subprocess.check_output(["dpkg-deb", "-f", new, "Depends"], text=True)
+    assert set(depends.strip().split(", ")) == {*named, "python3:any (>= 3.9~)"}
+
+
+def test_the_changelog_is_of_news(new: Path) -> None:
+    folder = new.parent / f"{NAME}-{__version__}"
+    fields = subprocess.check_output(
+        ["dpkg-parsechangelog", "-S", "Version"], cwd=folder, text=True
+    )
+    assert fields.strip() == __version__
+    every = subprocess.check_output(
+        ["dpkg-parsechangelog", "--all", "-S", "Changes"], cwd=folder, text=True
+    )
+    assert every.startswith(f"\n{NAME} ({__version__}) ")
+    assert re.findall(r"Release (\S+): see NEWS", every) == re.findall(
+        r"^\* Noteworthy changes in release (\S+) ", (ROOT / "NEWS").read_text(), re.M
+    )
+
+
+def test_install_upgrade_purge(node: Node, old: Path, new: Path) -> None:
+    done = node.install(old)
+    assert done.returncode == 0, done.stderr
+    assert node("cloudimage", "--version").stdout == f"cloudimage {OLD}\n"
+    settings, mine = node.config / "cloudimage.conf", node.config / "variants.d/mine.conf"
+    settings.write_text("[image]\nrequire_checksum = no\n")
+    mine.write_text("[variant]\nimage = /etc/passwd\n")
+    assert (node.bundle / "lib/gone.py").exists()
+
+    done = node.install(new)
+    assert done.returncode == 0, done.stderr
+    assert node("cloudimage", "--version").stdout == f"cloudimage {__version__}\n"
+    assert settings.read_text() == "[image]\nrequire_checksum = no\n"
+    assert (node.config / "cloudimage.conf.dpkg-dist").read_text() == (
+        ROOT / "doc/cloudimage.conf"
+    ).read_text()
+    assert (node.config / "variants.list").read_text() == (ROOT / "variants.list").read_text()
+    assert not list(node.bundle.rglob("gone*"))
+
+    before = node.traces()
+    door = ["/usr/bin/python3", "-B", "-v", f"/{BUNDLE}/verify", "parameters"]
+    done = node(*door, OS_VARIANT="mine")
+    assert "the sandbox does not start" in done.stderr  # a chroot forbids it
+    origins = re.findall(rf"^# code object from '?(/{BUNDLE}/lib/[^'\n]+)", done.stderr, re.M)
+    assert len(origins) > 5
+    assert not [path for path in origins if not path.endswith(".pyc")]
+    assert node.traces() == before
+
+    cache = node.root / "var/cache/ganeti-instance-cloudimage"
+    cache.mkdir()
+    (cache / "x.raw").touch()
+    assert node("dpkg", "--remove", NAME).returncode == 0
+    assert not node.bundle.exists()
+    assert settings.exists()
+    assert (cache / "x.raw").exists()
+    assert node("dpkg", "--purge", NAME).returncode == 0
+    assert node.traces() == {CONFIG}  # the administrator's own file keeps its folder
+    assert [path for path in node.config.rglob("*") if path.is_file()] == [mine]
+
+
+@pytest.mark.parametrize("name", ["common.sh", "lib"])
+def test_what_no_package_owns_is_left_alone(node: Node, new: Path, name: str) -> None:
+    """The other project's bundle, and one that make install or git clone put there."""
+    node.bundle.mkdir(parents=True)
+    found = "  ".join(sorted(("create", name)))
+    for each in ("create", name):
+        (node.bundle / each).write_text("#!/bin/bash\n")
+    before = node.traces()
+    done = node.install(new)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    assert f"/{BUNDLE} was not put there by a package ({found})" in line
+    assert node.traces() == before
+    assert {path.read_text() for path in node.bundle.iterdir()} == {"#!/bin/bash\n"}
+    assert not node.config.exists()
