@@ -34,7 +34,7 @@ def test_the_shipped_example_is_the_defaults(tmp_path: Path) -> None:
     )
     given, default = load(tmp_path, text), config.load(tmp_path / "none", params.NAMES)
     for field in config.Config.__dataclass_fields__:
-        if field != "source":
+        if field not in ("source", "mirrors"):  # a mirror has no default, its line is an example
             assert getattr(given, field) == getattr(default, field), field
 
 
