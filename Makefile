@@ -31,7 +31,7 @@ TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyr
 	dnsmasq-base dpkg-dev e2fsprogs ethtool ganeti gdisk git gnupg groff-base grub-common grub-pc-bin iproute2 libarchive-tools lintian \
 	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
-	qemu-system-x86 socat strace tinyproxy xfsprogs
+	qemu-system-x86 rpm rpmlint socat strace tinyproxy xfsprogs
 
 help:
 	@echo "make check      set up what the tests need, lint, and run the tests that need no root"
@@ -41,6 +41,7 @@ help:
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
 	@echo "make uninstall  take away what install put there, but not the configuration"
 	@echo "make deb        build a Debian package in build/"
+	@echo "make rpm        build an RPM in build/"
 	@echo "make metad-check GANETI_SOURCE=CLONE  prove the change of ganeti-metad (root, not in CI)"
 
 setup: $(VENV)/complete
@@ -140,20 +141,38 @@ source:
 	mkdir -p build/$(RELEASE)
 	tar -c --exclude=__pycache__ --mode=u+rwX,go+rX,go-w $(SOURCES) | tar -xp -C build/$(RELEASE)
 
-# The changelog says for each release of NEWS that NEWS has it.
+# Changelogs say for each release of NEWS that NEWS has it.
+RELEASES = sed -n 's/^\* Noteworthy changes in release \(.*\) (\(.*\))$$/\1 \2/p' NEWS
+MAINTAINER = $(shell sed -n 's/^Maintainer: //p' packaging/debian/control)
+
 deb: source
 	rm -rf build/$(RELEASE)/debian
 	cp -r packaging/debian build/$(RELEASE)/debian
 	cp packaging/*.service packaging/*.timer build/$(RELEASE)/debian 2>/dev/null || true
-	sed -n 's/^\* Noteworthy changes in release \(.*\) (\(.*\))$$/\1 \2/p' NEWS | while read -r version day; do \
+	$(RELEASES) | while read -r version day; do \
 	  printf 'instance-cloudimage (%s) unstable; urgency=medium\n\n  * Release %s: see NEWS.\n\n -- %s  %s\n\n' \
-	    "$$version" "$$version" "$$(sed -n 's/^Maintainer: //p' packaging/debian/control)" "$$(date -uRd "$$day")"; \
+	    "$$version" "$$version" "$(MAINTAINER)" "$$(LC_ALL=C date -uRd "$$day")"; \
 	done > build/$(RELEASE)/debian/changelog
 	cd build/$(RELEASE) && dpkg-buildpackage --no-sign
 	@echo "built build/instance-cloudimage_$(VERSION)_all.deb"
+
+# rpm-build of EL knows what is installed; on Debian it does not.
+rpm: source
+	rm -rf build/rpm
+	mkdir -p build/rpm/SOURCES
+	tar -czf build/rpm/SOURCES/$(RELEASE).tar.gz -C build $(RELEASE)
+	sed 's/@VERSION@/$(VERSION)/' packaging/instance-cloudimage.spec > build/instance-cloudimage.spec
+	printf '\n%%%%changelog\n' >> build/instance-cloudimage.spec
+	$(RELEASES) | while read -r version day; do \
+	  printf '* %s %s - %s-1\n- Release %s: see NEWS.\n\n' \
+	    "$$(LC_ALL=C date -d "$$day" '+%a %b %d %Y')" "$(MAINTAINER)" "$$version" "$$version"; \
+	done >> build/instance-cloudimage.spec
+	rpmbuild -ba --quiet --nodeps --define "_topdir $(CURDIR)/build/rpm" build/instance-cloudimage.spec
+	cp build/rpm/RPMS/noarch/$(RELEASE)-*.noarch.rpm build
+	@echo "built $$(ls build/$(RELEASE)-*.noarch.rpm)"
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup packages lint test check check-root demo bench metad-check \
-	own-bundle own-config install uninstall source deb clean
+	own-bundle own-config install uninstall source deb rpm clean

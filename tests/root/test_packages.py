@@ -1,4 +1,4 @@
-"""The Debian package: built, installed in a fresh root, upgraded, and purged without a trace."""
+"""The packages: built, installed in a fresh root, upgraded, and removed without a trace."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def tree(folder: Path) -> Path:
     return folder
 
 
-def build(folder: Path) -> Path:
-    """Build the package of a tree; return its .deb."""
-    done = subprocess.run(["make", "-sC", folder, "deb"], capture_output=True, text=True)
+def build(folder: Path, kind: str = "deb") -> Path:
+    """Build a package of a tree; return its file."""
+    done = subprocess.run(["make", "-sC", folder, kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (package,) = (folder / "build").glob("*.deb")
+    (package,) = (folder / "build").glob(f"*.{kind}")
     assert done.stdout.splitlines()[-1] == f"built build/{package.name}"
     return package
 
@@ -47,8 +47,8 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def old(new: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build an older release: one module more, one variant less, another default."""
+def old_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an older release: one module more, one variant less, another default."""
     folder = tree(tmp_path_factory.mktemp("old") / "tree")
     for name, before, after in (
         ("lib/__init__.py", __version__, OLD),
@@ -60,7 +60,23 @@ def old(new: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert before in text
         (folder / name).write_text(text.replace(before, after))
     (folder / "lib/gone.py").write_text('"""A module that was."""\n')
-    return build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old(new: Path, old_tree: Path) -> Path:
+    return build(old_tree)
+
+
+@pytest.fixture(scope="module")
+def new_rpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require("rpmbuild", "make")
+    return build(tree(tmp_path_factory.mktemp("new") / "tree"), "rpm")
+
+
+@pytest.fixture(scope="module")
+def old_rpm(new_rpm: Path, old_tree: Path) -> Path:
+    return build(old_tree, "rpm")
 
 
 class Node:
@@ -82,6 +98,20 @@ class Node:
     def install(self, package: Path) -> Done:
         shutil.copy(package, self.root / "package.deb")
         return self("dpkg", "--force-confold", "--install", "/package.deb")
+
+    def rpm(self, *arguments: object) -> Done:
+        """Run the machine's rpm on the root, whose own packages it does not know."""
+        argv = ["rpm", "--root", self.root, "--nodeps", *arguments]
+        return subprocess.run(list(map(str, argv)), capture_output=True, text=True)
+
+    def verify_imports(self) -> list[str]:
+        """Run verify; return where Python had the code of our modules from."""
+        door = ["/usr/bin/python3", "-B", "-v", f"/{BUNDLE}/verify", "parameters"]
+        before = self.traces()
+        done = self(*door, OS_VARIANT="mine")
+        assert "the sandbox does not start" in done.stderr  # not in a chroot
+        assert self.traces() == before
+        return re.findall(rf"^# code object from '?(/{BUNDLE}/lib/[^'\n]+)", done.stderr, re.M)
 
     def traces(self) -> set[str]:
         """Return what there is with our name."""
@@ -106,6 +136,7 @@ def node(fresh: Path) -> Iterator[Node]:
     node = Node(fresh)
     yield node
     node("dpkg", "--purge", "--force-all", NAME)
+    node.rpm("--erase", "--noscripts", NAME)
     for folder in ("etc/ganeti", "usr/share/ganeti"):
         shutil.rmtree(fresh / folder, ignore_errors=True)
 
@@ -166,14 +197,9 @@ def test_install_upgrade_purge(node: Node, old: Path, new: Path) -> None:
     assert (node.config / "variants.list").read_text() == (ROOT / "variants.list").read_text()
     assert not list(node.bundle.rglob("gone*"))
 
-    before = node.traces()
-    door = ["/usr/bin/python3", "-B", "-v", f"/{BUNDLE}/verify", "parameters"]
-    done = node(*door, OS_VARIANT="mine")
-    assert "the sandbox does not start" in done.stderr  # a chroot forbids it
-    origins = re.findall(rf"^# code object from '?(/{BUNDLE}/lib/[^'\n]+)", done.stderr, re.M)
+    origins = node.verify_imports()
     assert len(origins) > 5
     assert not [path for path in origins if not path.endswith(".pyc")]
-    assert node.traces() == before
 
     cache = node.root / "var/cache/ganeti-instance-cloudimage"
     cache.mkdir()
@@ -199,6 +225,74 @@ def test_what_no_package_owns_is_left_alone(node: Node, new: Path, name: str) ->
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     assert f"/{BUNDLE} was not put there by a package ({found})" in line
+    assert node.traces() == before
+    assert {path.read_text() for path in node.bundle.iterdir()} == {"#!/bin/bash\n"}
+    assert not node.config.exists()
+
+
+# --- rpm -------------------------------------------------------------------------------------
+
+
+def test_rpmlint(new_rpm: Path) -> None:
+    require("rpmlint")
+    spec = new_rpm.parent / f"{NAME}.spec"
+    argv = ["rpmlint", f"--config={ROOT}/packaging/rpmlint.toml", str(new_rpm), str(spec)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    # TODO: a page for each command comes with doc/man
+    found = re.findall(r"^\S+: [EW]: (?!no-manual-page).*", done.stdout, re.M)
+    assert not found
+    assert " 1 packages and 1 specfiles checked; 0 errors" in done.stdout
+
+
+def test_requires_are_what_the_readme_names(new_rpm: Path) -> None:
+    line = re.search(r"^    dnf install (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert line is not None
+    named = set(line[1].split()) - {"make"}  # for make install only
+    text = subprocess.check_output(["rpm", "-qp", "--requires", new_rpm], text=True)
+    requires = {each for each in text.splitlines() if not re.match(r"rpmlib|config|/", each)}
+    assert requires == {*named, "python3 >= 3.9"}
+
+
+def test_rpm_install_upgrade_erase(node: Node, old_rpm: Path, new_rpm: Path) -> None:
+    done = node.rpm("--install", old_rpm)
+    assert done.returncode == 0, done.stderr
+    assert node("cloudimage", "--version").stdout == f"cloudimage {OLD}\n"
+    settings, mine = node.config / "cloudimage.conf", node.config / "variants.d/mine.conf"
+    settings.write_text("[image]\nrequire_checksum = no\n")
+    mine.write_text("[variant]\nimage = /etc/passwd\n")
+
+    done = node.rpm("--upgrade", new_rpm)
+    assert done.returncode == 0, done.stderr
+    assert node("cloudimage", "--version").stdout == f"cloudimage {__version__}\n"
+    assert settings.read_text() == "[image]\nrequire_checksum = no\n"
+    assert (node.config / "cloudimage.conf.rpmnew").exists()
+    assert (node.config / "variants.list").read_text() == (ROOT / "variants.list").read_text()
+    assert not list(node.bundle.rglob("gone*"))
+    assert node.rpm("--upgrade", "--replacepkgs", new_rpm).returncode == 0
+
+    origins = node.verify_imports()  # the root's Python is the one that built
+    assert len(origins) > 5
+    assert not [path for path in origins if not path.endswith(".pyc")]
+
+    cache = node.root / "var/cache/ganeti-instance-cloudimage"
+    cache.mkdir()
+    (cache / "x.raw").touch()
+    assert node.rpm("--erase", NAME).returncode == 0
+    left = {path for path in node.traces() if not Path(node.root / path).is_dir()}
+    assert left == {f"{CONFIG}/cloudimage.conf.{kind}" for kind in ("rpmsave", "rpmnew")}
+    assert mine.exists()
+    assert not cache.exists()
+
+
+def test_rpm_leaves_alone_what_no_package_owns(node: Node, new_rpm: Path) -> None:
+    node.bundle.mkdir(parents=True)
+    for each in ("common.sh", "create"):
+        (node.bundle / each).write_text("#!/bin/bash\n")
+    before = node.traces()
+    done = node.rpm("--install", new_rpm)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    assert f"/{BUNDLE} was not put there by a package (common.sh  create)" in line
     assert node.traces() == before
     assert {path.read_text() for path in node.bundle.iterdir()} == {"#!/bin/bash\n"}
     assert not node.config.exists()
