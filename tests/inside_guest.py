@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,25 @@ def boot(files: dict[str, str]) -> dict[str, Any]:
         "network": network,
         "network at boot": updates,
         "packages": later.cfg.get("packages"),
+        "cfg": {key: later.cfg.get(key) for key in ("password", "chpasswd", "apt", "mounts")},
         "scripts": sorted(path.read_text() for path in CLOUD.glob("instance/scripts/*/*")),
         "machine-id": Path("/etc/machine-id").read_text(),
         "log": log.getvalue(),
     }
+
+
+def judge(texts: dict[str, str]) -> dict[str, str]:
+    """Return what this version's schema says against each cloud-config; "" for nothing."""
+    module, yaml = load("config.schema"), importlib.import_module("yaml")
+    found = {}
+    for name, text in texts.items():
+        try:
+            config, schema = yaml.safe_load(text), module.get_schema()
+            module.validate_cloudconfig_schema(config, schema, strict=True)
+            found[name] = ""
+        except module.SchemaValidationError as error:
+            found[name] = str(error)
+    return found
 
 
 def main() -> None:
@@ -119,7 +135,12 @@ def main() -> None:
     task, given = json.load(sys.stdin)
     answer = sys.stdout
     sys.stdout = sys.stderr
-    json.dump(render_all(given) if task == "render" else [boot(each) for each in given], answer)
+    tasks: dict[str, Callable[[Any], Any]] = {
+        "render": render_all,
+        "schema": judge,
+        "boot": lambda seeds: [boot(each) for each in seeds],
+    }
+    json.dump(tasks[task](given), answer)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import pytest
 
 from lib.environment import Nic
 from lib.guest import network, seed
+from lib.settings import values
 from tests.conftest import CI, ROOT, SYSTEM_PATH, require
 from tests.test_network import LAN, LAN6, TALK, nic
 
@@ -431,3 +432,50 @@ def test_both_vendor_data_take_effect(tmp_path: Path, suite: str) -> None:
         assert script in "".join(made["scripts"]), theirs
         assert made["network at boot"] is at_boot, theirs
         assert made["log"] == "", theirs
+
+
+# --- the examples, and who wins
+
+EXAMPLES = {path.name: path.read_text() for path in (ROOT / "doc/examples").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("suite", SUITES[1:])
+def test_the_examples_fit_the_schema(tmp_path: Path, suite: str) -> None:
+    wrong = "#cloud-config\nmounts: yes\n"
+    judged = inside(suite, tmp_path / "etc", "schema", {**EXAMPLES, "wrong": wrong})
+    assert judged.pop("wrong") != ""
+    assert judged == dict.fromkeys(EXAMPLES, "")
+    assert all(text.startswith("#cloud-config\n") for text in EXAMPLES.values())
+
+
+@pytest.mark.parametrize("suite", SUITES[1:])
+def test_the_users_own_wins_over_the_clusters_default(tmp_path: Path, suite: str) -> None:
+    """vendor_data from [defaults] for all, user_data of one instance: keys of the latter count."""
+    default = EXAMPLES["apt-proxy.yaml"].encode() + b"packages: [jq]\n"
+    own = b"#cloud-config\npackages: [vim]\n"
+    seeds = [
+        texts(tmp_path / "default", vendor_data=default),
+        texts(tmp_path / "own", vendor_data=default, user_data=own, uuid=OTHER),
+    ]
+    first, second = boots(suite, tmp_path, *seeds)
+    assert (first["packages"], second["packages"]) == (["jq"], ["vim"])
+    assert first["cfg"]["apt"] == second["cfg"]["apt"] == {"http_proxy": "http://192.0.2.10:3142"}
+    assert first["network at boot"] is second["network at boot"] is True
+
+
+@pytest.mark.parametrize("suite", SUITES[1:])
+def test_the_password_of_the_default_user(tmp_path: Path, suite: str) -> None:
+    password = "$6$abcdefgh$" + "x" * 86
+    theirs = b"#cloud-config\npackages: [jq]\n"
+    given = texts(tmp_path / "seed", vendor_data=theirs, password_hash=password)
+    (made,) = boots(suite, tmp_path, given)
+    assert made["cfg"]["password"] == password
+    assert made["cfg"]["chpasswd"] == {"expire": False}
+    assert made["packages"] == ["jq"]
+    # what cloud-init takes for a hash and not for a plain password
+    source = unpacked(suite) / "lib/python3/dist-packages/cloudinit/config/cc_set_passwords.py"
+    pattern = re.search(r"re\.compile\(r[\"'](.+?)[\"']\)", source.read_text())
+    assert pattern is not None
+    for each in (password, "$5$rounds=5000$salt$hash.", "$2y$10$abcdefghijklmnopqrstuv"):
+        assert values.password_hash(each) == each
+        assert re.match(pattern[1], each)
