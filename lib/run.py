@@ -48,8 +48,8 @@ PACKAGES = {
     "qemu-img": "qemu-utils (EL: qemu-img)",
     "qemu-io": "qemu-utils (EL: qemu-img)",
     "qemu-nbd": "qemu-utils (EL: qemu-img)",
-    "setpriv": "util-linux",
     "sfdisk": "fdisk (EL: util-linux)",
+    "unshare": "util-linux",
     "xz": "xz-utils (EL: xz)",
     "zstd": "zstd",
 }
@@ -155,8 +155,9 @@ def _sandboxed(
             if is_root and option == "--bind":
                 _lend(f"/proc/self/fd/{bound}", stack)
     if is_root:
-        user = (f"--reuid={SANDBOX_ID}", f"--regid={SANDBOX_ID}", "--clear-groups")
-        command += [_resolve("setpriv"), *user, "--inh-caps=-all", "--no-new-privs", "--"]
+        # not setpriv: the libcap-ng of Debian 11 and Ubuntu 22.04 wants a /proc
+        user = (f"--setgid={SANDBOX_ID}", f"--setuid={SANDBOX_ID}")  # and no other groups
+        command += [_resolve("unshare"), *user, "--"]
     return [*command, *argv], descriptors
 
 

@@ -11,7 +11,7 @@ from tests.conftest import require
 
 def decoded(image: Path, declared: str = "auto", limit_bytes: int = 1 << 40) -> Optional[Path]:
     """Decode a file in the sandbox; return the raw file that it made, None if the image is raw."""
-    require("bwrap", "prlimit", "setpriv", "qemu-img")
+    require("bwrap", "prlimit", "unshare", "qemu-img")
     folder = image.parent / "decoded"
     folder.mkdir(exist_ok=True)
     with image.open("rb") as file:
@@ -23,7 +23,7 @@ def coming(
     image: Path, data: bytes, declared: str = "auto", limit_bytes: int = 1 << 40
 ) -> Optional[Path]:
     """Decode a file while it comes, a twentieth of it at a time."""
-    require("bwrap", "prlimit", "setpriv", "qemu-img")
+    require("bwrap", "prlimit", "unshare", "qemu-img")
     folder = image.parent / "decoded"
     folder.mkdir(exist_ok=True)
     step = len(data) // 20 + 1

@@ -25,7 +25,7 @@ LIMIT = 1 << 30
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require("sfdisk", "qemu-img", "bwrap", "prlimit", "setpriv")
+    require("sfdisk", "qemu-img", "bwrap", "prlimit", "unshare")
     return disk_image(tmp_path_factory.mktemp("disk") / "disk.raw")
 
 

@@ -164,10 +164,8 @@ def test_stock_qemu_img_lets_a_cut_compressed_image_pass(tmp_path: Path) -> None
 
 
 def test_a_virtualbox_vhd_keeps_its_end(tmp_path: Path) -> None:
-    """qemu takes the CHS geometry for this creator unless it is told not to."""
+    """Up to qemu 8.2 at least, this creator means the CHS geometry unless it is told not to."""
     path = made(tmp_path, corpus.written(corpus.write_vhd_fixed))
-    corpus.qemu_img(tmp_path, "convert", "-f", "vpc", "-O", "raw", "image", "stock")
-    assert (tmp_path / "stock").stat().st_size < SIZE
     assert decode(path, inspect(path)) == corpus.base()
 
 

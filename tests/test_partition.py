@@ -353,7 +353,8 @@ def test_the_disk_may_be_of_many_terabytes(tmp_path: Path) -> None:
     assert planned.seed == Extent((8 << 40) - 5 * MIB, 4 * MIB, "tail")
     assert max(offset + len(data) for offset, data in planned.writes) == 8 << 40
     image = make(tmp_path / "image", LAYOUTS["mbr"][0])
-    assert plan(image, 8 << 40, "tail").seed == Extent((2 << 40) - 4 * MIB, 4 * MIB, "tail")
+    # the last of the 2 TiB that an MBR can address is left free: sfdisk 2.41 has no use for it
+    assert plan(image, 8 << 40, "tail").seed == Extent((2 << 40) - 5 * MIB, 4 * MIB, "tail")
 
 
 def test_the_second_copy_leaves_the_image_s_old_end(tmp_path: Path) -> None:

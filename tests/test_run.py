@@ -101,6 +101,16 @@ def test_sandbox_sees_nothing_of_the_node(tmp_path: Path) -> None:
     assert "HOME" not in seen
 
 
+def test_sandbox_has_no_privileges() -> None:
+    seen = sandboxed("cat /proc/self/status", Sandbox(read={"/proc": Path("/proc")}))
+    status = {key: words.split() for key, words in (row.split(":") for row in seen.splitlines())}
+    assert [status[name] for name in ("CapPrm", "CapEff", "CapAmb")] == [["0" * 16]] * 3
+    assert status["NoNewPrivs"] == ["1"]
+    if os.geteuid() == 0:
+        assert set(status["Uid"] + status["Gid"]) == {str(run.SANDBOX_ID)}
+        assert status["Groups"] == []
+
+
 @pytest.mark.parametrize(
     "script",
     [

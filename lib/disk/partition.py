@@ -18,6 +18,7 @@ from typing import Optional
 from lib import log, run
 from lib.disk.partition_table import (
     HEAD_SECTORS,
+    MBR_LIMIT,
     PROTECTIVE,
     SECTOR,
     Header,
@@ -213,7 +214,10 @@ def _gap(table: Table, image: Sectors) -> Extent:
 
 def _tail(table: Table, image_size: int, disk_size: int) -> Extent:
     """Return the last 4 MiB of the disk, aligned to 1 MiB, if the image ends before them."""
-    first = (table.end(disk_size // SECTOR) - TAIL_SECTORS) // HEAD_SECTORS * HEAD_SECTORS
+    end = table.end(disk_size // SECTOR)
+    if table.gpt is None:
+        end = min(end, MBR_LIMIT - 1)  # sfdisk gives away no more since 2.41
+    first = (end - TAIL_SECTORS) // HEAD_SECTORS * HEAD_SECTORS
     used = max([-(-image_size // SECTOR), *(p.last + 1 for p in table.partitions)])
     if first < used:
         raise Error("the disk is too little larger than the image for 4 MiB, aligned")

@@ -103,7 +103,7 @@ def started(
     still grows: how long it will be, when complete() is called. The decoder is gone when the block
     ends; what is in `work` is of no use unless there was a result.
     """
-    run.require("bwrap", "prlimit", "qemu-img", "setpriv")
+    run.require("bwrap", "prlimit", "qemu-img", "unshare")
     for name in _FILES:
         (work / name).unlink(missing_ok=True)
         (work / name).touch(0o600)

@@ -333,7 +333,7 @@ def test_a_missing_tool(
 ) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("bwrap", "prlimit", "setpriv", "sfdisk", "mkfs.vfat", "mcopy"):
+    for name in ("bwrap", "prlimit", "unshare", "sfdisk", "mkfs.vfat", "mcopy"):
         path = next(p for p in (Path(f"/usr/bin/{name}"), Path(f"/usr/sbin/{name}")) if p.exists())
         (folder / name).symlink_to(path)
     door.path = str(folder)

@@ -330,7 +330,7 @@ def test_a_password_is_no_hash(door: Door, image: Path, value: str) -> None:
 
 def test_missing_and_old_tools(door: Door, image: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("bwrap", "prlimit", "setpriv", "qemu-img", "mcopy"):
+    for name in ("bwrap", "prlimit", "unshare", "qemu-img", "mcopy"):
         (tmp_path / "bin" / name).symlink_to(f"/usr/bin/{name}")
     (tmp_path / "bin/bwrap").unlink()
     (tmp_path / "bin/bwrap").write_text("#!/bin/sh\necho bubblewrap 0.3.1\n")
