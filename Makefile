@@ -16,8 +16,8 @@ DOORS = create export import rename verify
 PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python3-requests \
 	qemu-utils util-linux xz-utils zstd
 TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debian-archive-keyring dmsetup dnsmasq-base \
-	e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools \
-	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
+	e2fsprogs ethtool ganeti gdisk git gnupg grub-common grub-pc-bin iproute2 libarchive-tools lzip \
+	mmdebstrap openssh-client openssh-server openssl parted pigz pixz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 socat strace tinyproxy xfsprogs
 
