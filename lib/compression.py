@@ -48,7 +48,7 @@ _REASONS = (
         "fetch it again",
     ),
     (
-        r"trailing|garbage|unknown frame|stdin: unsupported format",
+        r"trailing|garbage|unknown frame|unsupported format",
         "there is data behind its end",
         "pack it again",
     ),
@@ -110,7 +110,7 @@ def _explained(kind: str, error: run.Failed) -> Error:
     for pattern, words, hint in _REASONS:
         if re.search(pattern, error.words, re.IGNORECASE):
             return Error(f"unpacking {kind}: {words} ({error.message})", hint)
-    said = log.printable(error.words.rpartition("\n")[2], 120)
+    said = log.printable(error.words.rpartition("\n")[2], 120) or "it gave no reason"
     return Error(f"unpacking {kind}: {error.message}: {said}", "see whether it is damaged")
 
 

@@ -8,9 +8,8 @@ import os
 import subprocess
 import tarfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, Optional, Union
+from typing import BinaryIO, Union
 
 import pytest
 
@@ -18,6 +17,7 @@ from lib.decoder import unpack
 from lib.decoder.source import Source
 from lib.errors import Error
 from tests.conftest import require
+from tests.tars import END, gnu_sparse, member, ovf, pax
 
 LIMIT = 64 << 20
 DISK = b"\xeb\x63" + bytes(510) + os.urandom(100_001)
@@ -83,45 +83,7 @@ def test_long_names(tmp_path: Path, sparse: Path) -> None:
         assert unpacked(tmp_path, packed) == (deep / "disk.raw").read_bytes()
 
 
-def member(
-    name: str,
-    data: bytes = b"",
-    *,
-    kind: bytes = tarfile.REGTYPE,
-    size: Optional[int] = None,
-    patch: Optional[Mapping[int, bytes]] = None,
-) -> bytes:
-    """Return the header and the data of a member; the patched header gets a right checksum."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, len(data) if size is None else size
-    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    for offset, field in (patch or {}).items():
-        block[offset : offset + len(field)] = field
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block) + data + bytes(-len(data) % 512)
-
-
-END = bytes(1024)
 RAW = member("disk.raw", DISK)
-
-
-def pax(records: Mapping[str, Union[str, int]], kind: bytes = b"x") -> bytes:
-    lines = b""
-    for key, value in records.items():
-        rest = f" {key}={value}\n".encode()
-        length = len(rest) + len(str(len(rest) + 3))
-        lines += str(length).encode() + rest
-    return member("PaxHeader", lines, kind=kind)
-
-
-def gnu_sparse(
-    stored: bytes, real_size: int, *entries: tuple[int, int], more: bool = False
-) -> bytes:
-    """Return a member in GNU tar's sparse format with these entries, at most four, in its map."""
-    pairs = b"".join(b"%011o\0%011o\0" % entry for entry in entries)
-    fields = {386: pairs, 482: b"\1" if more else b"\0", 483: b"%011o\0" % real_size}
-    return member("disk.raw", stored, kind=tarfile.GNUTYPE_SPARSE, patch=fields)
 
 
 def pax_sparse(sparse_map: str, stored: bytes, real_size: Union[int, str]) -> bytes:
@@ -321,15 +283,6 @@ def test_every_cut_is_an_error(tmp_path: Path) -> None:
     for cut in range(263, len(packed), 61):
         with pytest.raises(Error):
             unpacked(tmp_path, packed[:cut])
-
-
-def ovf(disks: str = '<Disk ovf:fileRef="f1"/>', href: str = "a.vmdk", head: str = "") -> bytes:
-    return (
-        f'<?xml version="1.0"?>{head}<Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" '
-        'xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"><References>'
-        f'<File ovf:href="{href}" ovf:id="f1"/></References>'
-        f"<DiskSection><Info>x</Info>{disks}</DiskSection></Envelope>"
-    ).encode()
 
 
 def manifest(algorithm: str = "SHA256", **contents: bytes) -> bytes:

@@ -298,6 +298,8 @@ _VHDX_PARENT = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le
 
 def vhdx(read: Read, size: int) -> int:
     """Check a VHDX image; that its blocks lie inside the file is seen by qemu when it opens it."""
+    if size % SECTOR:
+        raise Error("is cut short: it ends within a sector", _DAMAGED)
     headers = [_fields(read, offset, "<4s4xQ32x16s") for offset in (64 << 10, 128 << 10)]
     current = max((h for h in headers if h[0] == b"head"), key=lambda h: int(h[1]), default=None)
     if current is None:

@@ -225,8 +225,13 @@ def _qemu_img(
             options = f"{place},{inner}"
         argv = ["qemu-img", *command, "--image-opts", options, *last]
         silent = command[0] != "check"  # that of vpc says that there is none
-        with run.reader(argv, descriptors=[connection], silent=silent, accept=accept) as lines:
-            yield lines
+        try:
+            with run.reader(argv, descriptors=[connection], silent=silent, accept=accept) as lines:
+                yield lines
+        except run.Failed as error:
+            raise Error(
+                error.message, "see its words above; fetch it again if it is cut"
+            ) from error
 
 
 @contextmanager
