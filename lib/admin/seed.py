@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import difflib
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def _seed(args: argparse.Namespace) -> int:
         _print(args, read(disks))
         return 0
     if not args.diff:
-        is_here = disks or list(LINKS.glob(f"{names[0]}:*"))
+        is_here = disks or _links(names[0])
         _print(args, _here(names[0], disks) if is_here else of(ganeti.instance(names[0])))
         return 0
     instance = ganeti.instance(names[0])
@@ -74,9 +75,14 @@ def _seed(args: argparse.Namespace) -> int:
     return STATUS_DIFFERS if lines else 0
 
 
+def _links(name: str) -> list[Path]:
+    found = LINKS.glob(f"{glob.escape(name)}:*")
+    return sorted(found, key=lambda path: int(path.name.rpartition(":")[2]))
+
+
 def _here(name: str, disks: Sequence[Path]) -> Found:
     """Read the seed of an instance of this node: active disks have links here, others may not."""
-    links = sorted(LINKS.glob(f"{name}:*"), key=lambda path: int(path.name.rpartition(":")[2]))
+    links = _links(name)
     if links or disks:
         return read(links or disks)
     raise Error(
