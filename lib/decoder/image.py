@@ -225,8 +225,14 @@ def _qemu_img(
             options = f"{place},{inner}"
         argv = ["qemu-img", *command, "--image-opts", options, *last]
         silent = command[0] != "check"  # that of vpc says that there is none
-        with run.reader(argv, descriptors=[connection], silent=silent, accept=accept) as lines:
-            yield lines
+        try:
+            with run.reader(argv, descriptors=[connection], silent=silent, accept=accept) as lines:
+                yield lines
+        except run.Failed as error:
+            if error.words.endswith("unknown compression type: 1"):
+                way_out = "convert the image elsewhere: qemu-img convert -c -O qcow2"
+                raise Error("this node's qemu-img was built without zstd", way_out) from error
+            raise
 
 
 @contextmanager
