@@ -37,6 +37,7 @@ TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyr
 help:
 	@echo "make check      set up what the tests need, lint, and run the tests that need no root"
 	@echo "make check-root the tests that need root: loop devices, a real Ganeti cluster, booted guests"
+	@echo "make check-nodes [NODES=\"debian-11 ...\"]  the doors on every release that README names (root)"
 	@echo "make demo       show the product at work on this machine, in a throwaway cluster (root)"
 	@echo "make bench      measure sizes and speeds against named peers (root)"
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
@@ -68,12 +69,15 @@ lint: setup
 	$(VENV)/bin/vermin --quiet --no-tips --violations -t=3.9- lib
 
 test: setup
-	$(VENV)/bin/pytest -m "not root and not cluster and not boot"
+	$(VENV)/bin/pytest -m "not root and not cluster and not boot and not nodes"
 
 check: packages lint test
 
 check-root: packages setup
 	$(VENV)/bin/pytest -m "root or cluster or boot"
+
+check-nodes: packages setup
+	NODES="$(NODES)" $(VENV)/bin/pytest -m nodes
 
 demo: packages
 	tests/demo
@@ -175,5 +179,5 @@ rpm: source
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup packages lint test check check-root demo bench metad-check \
+.PHONY: help setup packages lint test check check-root check-nodes demo bench metad-check \
 	own-bundle own-config install uninstall source deb rpm clean

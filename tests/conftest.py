@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI") == "true"
+NEED_ROOT = ("root", "cluster", "boot", "nodes")
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -42,7 +43,7 @@ def gpg_home() -> Iterator[Path]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need root are skipped for others; with CI=true that is a failure."""
     for item in items:
-        if os.geteuid() != 0 and any(map(item.get_closest_marker, ("root", "cluster", "boot"))):
+        if os.geteuid() != 0 and any(map(item.get_closest_marker, NEED_ROOT)):
             if CI:
                 raise pytest.UsageError("CI=true needs root")
             item.add_marker(pytest.mark.skip(reason="needs root"))

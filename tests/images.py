@@ -36,3 +36,12 @@ def convert(source: Path, fmt: str, *options: str) -> Path:
     flags = [part for option in options for part in ("-o", option)]
     subprocess.run(["qemu-img", "convert", "-O", fmt, *flags, source, target], check=True)
     return target
+
+
+def assert_image(disk: Path, image: Path) -> None:
+    """The image is on the disk but for the table, and sgdisk finds nothing wrong."""
+    want, got = image.read_bytes(), disk.read_bytes()
+    assert got[:440] == want[:440]
+    assert got[MIB : len(want) - MIB] == want[MIB : len(want) - MIB]
+    checked = subprocess.run(["sgdisk", "-v", disk], capture_output=True, text=True)
+    assert "No problems found" in checked.stdout

@@ -229,6 +229,9 @@ def _qemu_img(
             with run.reader(argv, descriptors=[connection], silent=silent, accept=accept) as lines:
                 yield lines
         except run.Failed as error:
+            if error.words.endswith("unknown compression type: 1"):
+                way_out = "convert the image elsewhere: qemu-img convert -c -O qcow2"
+                raise Error("this node's qemu-img was built without zstd", way_out) from error
             raise Error(
                 error.message, "see its words above; fetch it again if it is cut"
             ) from error

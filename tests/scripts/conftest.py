@@ -49,6 +49,34 @@ def seed_files(disk: Path, offset: int = GAP) -> dict[str, bytes]:
     }
 
 
+def given(disks: list[Path], more: Mapping[str, str]) -> dict[str, str]:
+    """Return what OSCoreEnv and OSEnvironment of Ganeti's backend.py set."""
+    variables = {
+        "PATH": SYSTEM_PATH,
+        "OS_API_VERSION": "20",
+        "OS_NAME": "cloudimage",
+        "OS_VARIANT": "default",
+        "DEBUG_LEVEL": "0",
+        "INSTANCE_NAME": "vm1.example.com",
+        "INSTANCE_OS": "cloudimage+default",
+        "INSTANCE_UUID": UUID,
+        "INSTANCE_PRIMARY_NODE": "node1.example.com",
+        "INSTANCE_SECONDARY_NODES": "",
+        "HYPERVISOR": "kvm",
+        "NIC_COUNT": "1",
+        "NIC_0_MAC": "aa:00:00:12:34:01",
+        "NIC_0_MODE": "bridged",
+        "NIC_0_LINK": "br0",
+        "NIC_0_BRIDGE": "br0",
+        "DISK_COUNT": str(len(disks)),
+    }
+    for index, disk in enumerate(disks):
+        variables[f"DISK_{index}_PATH"] = str(disk)
+        variables[f"DISK_{index}_ACCESS"] = "rw"
+        variables[f"DISK_{index}_SIZE"] = str(disk.stat().st_size >> 20)
+    return {**variables, **more}
+
+
 def _work_folders() -> list[Path]:
     return [*Path("/run").glob("cloudimage-*"), *Path("/tmp").glob("cloudimage*")]
 
@@ -83,32 +111,9 @@ class Door:
         return new + list(self.cache.glob("*.work"))
 
     def environment(self, disks: list[Path], more: Mapping[str, str]) -> dict[str, str]:
-        """Return what OSCoreEnv and OSEnvironment of Ganeti's backend.py set."""
-        variables = {
-            "PATH": self.path,
-            "OS_API_VERSION": "20",
-            "OS_NAME": "cloudimage",
-            "OS_VARIANT": "default",
-            "DEBUG_LEVEL": "0",
-            "INSTANCE_NAME": "vm1.example.com",
-            "INSTANCE_OS": "cloudimage+default",
-            "INSTANCE_UUID": UUID,
-            "INSTANCE_PRIMARY_NODE": "node1.example.com",
-            "INSTANCE_SECONDARY_NODES": "",
-            "HYPERVISOR": "kvm",
-            "NIC_COUNT": "1",
-            "NIC_0_MAC": "aa:00:00:12:34:01",
-            "NIC_0_MODE": "bridged",
-            "NIC_0_LINK": "br0",
-            "NIC_0_BRIDGE": "br0",
-            "DISK_COUNT": str(len(disks)),
-            "CLOUDIMAGE_CONFDIR": str(self.confdir),
-        }
-        for index, disk in enumerate(disks):
-            variables[f"DISK_{index}_PATH"] = str(disk)
-            variables[f"DISK_{index}_ACCESS"] = "rw"
-            variables[f"DISK_{index}_SIZE"] = str(disk.stat().st_size >> 20)
-        return {**variables, **more}
+        """Return what Ganeti gives, with this test's PATH and configuration."""
+        own = {"PATH": self.path, "CLOUDIMAGE_CONFDIR": str(self.confdir)}
+        return {**given(disks, own), **more}
 
     def __call__(
         self, door: str, *arguments: str, disks: list[Path], stdin: Any = None, **more: str

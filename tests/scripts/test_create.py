@@ -21,7 +21,7 @@ import pytest
 from lib import log
 from tests import httpd
 from tests.conftest import ROOT
-from tests.images import MIB, convert, disk_image
+from tests.images import MIB, assert_image, convert, disk_image
 from tests.scripts.conftest import GAP, UUID, Door, seed_files
 
 
@@ -34,15 +34,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for fmt in ("qcow2", "vmdk", "vdi", "vpc", "vhdx"):
         convert(folder / "gpt.raw", fmt)
     return folder
-
-
-def assert_image(disk: Path, image: Path) -> None:
-    """The image is on the disk but for the table, and sgdisk finds nothing wrong."""
-    want, got = image.read_bytes(), disk.read_bytes()
-    assert got[:440] == want[:440]
-    assert got[MIB : len(want) - MIB] == want[MIB : len(want) - MIB]
-    checked = subprocess.run(["sgdisk", "-v", disk], capture_output=True, text=True)
-    assert "No problems found" in checked.stdout
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx"])
