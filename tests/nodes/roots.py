@@ -58,7 +58,7 @@ class Unavailable(Exception):
 
 def readme_packages() -> list[str]:
     """Return what the README tells to install on Debian and Ubuntu."""
-    (line,) = re.findall(r"^    apt-get install (.+)$", (ROOT / "README.md").read_text(), re.M)
+    (line,) = re.findall(r"^    apt-get install ([a-z].+)$", (ROOT / "README.md").read_text(), re.M)
     return str(line).split()
 
 
