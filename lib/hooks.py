@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import select
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -13,6 +15,9 @@ from lib.errors import Error
 from lib.settings import config
 
 PHASES = ("pre", "post")
+LIMIT_S = 3600.0  # a hook that takes longer hangs
+LINGER_S = 1.0  # for the last words of what a hook leaves running
+_READ_BYTES = 65536
 _NAME = re.compile(r"[A-Za-z0-9_-]+")  # run-parts(8)'s rule without --lsbsysinit
 
 # what editors and packagers leave, and our own README
@@ -68,7 +73,8 @@ def skipped(directory: Path) -> list[str]:
 def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
     """Run the hooks of a phase; Error names the first that does not end with status 0.
 
-    environment: all that Ganeti gave, and the CLOUDIMAGE_ variables. Output goes to the log.
+    environment: all that Ganeti gave, and the CLOUDIMAGE_ variables. Output goes to the log. What
+    a hook leaves running goes on; a hook that is ended by its time limit takes all with it.
     """
     for script in find(directory, phase):
         log.step(f"hook {phase}/{script.name}")
@@ -77,8 +83,7 @@ def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
             stderr=run.STDOUT,
             environment={**environment, "CLOUDIMAGE_PHASE": phase},
         ) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
+            for line in _lines(child, f"hook {phase}/{script.name}"):
                 log.step(f"{script.name}: {line.decode('ascii', 'backslashreplace').rstrip()}")
             status = child.wait()
         if status != 0:
@@ -87,3 +92,37 @@ def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
                 f"hook {phase}/{script.name} ended with {words}",
                 f"see its output above, or take {script} away",
             )
+
+
+def _lines(child: run.Process[bytes], name: str) -> Iterator[bytes]:
+    """Yield what a hook prints until it has ended, whoever keeps its output open after that."""
+    assert child.stdout is not None
+    output, deadline, rest = child.stdout.fileno(), time.monotonic() + LIMIT_S, b""
+    ended = os.pidfd_open(child.pid)
+    watched = [output, ended]
+    try:
+        while watched:
+            ready = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))[0]
+            if not ready and ended in watched:
+                words = f"{name} did not end within {LIMIT_S:g} s"
+                raise Error(words, "see its output above, or let it start what takes long")
+            if not ready:
+                break
+            if ended in ready:
+                watched.remove(ended)
+                deadline = time.monotonic() + LINGER_S
+            if output in ready:
+                block = os.read(output, _READ_BYTES)
+                if not block:
+                    watched.remove(output)
+                *lines, rest = (rest + block).split(b"\n")
+                yield from lines
+                if len(rest) > _READ_BYTES:
+                    yield rest
+                    rest = b""
+            if time.monotonic() > deadline and ended not in watched:
+                break
+    finally:
+        os.close(ended)
+    if rest:
+        yield rest

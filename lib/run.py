@@ -179,7 +179,10 @@ def process(
     sandbox: Optional[Sandbox] = None,
     descriptors: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `argv` in a process group of its own; the whole group is gone when the block ends.
+    """Start `argv` in a process group of its own, which is gone when the block ends.
+
+    But if the block has waited for the leader: what that left running is left alone, as its number
+    may be somebody else's by now.
 
     stdin is /dev/null unless given, the environment is PATH and ENVIRONMENT unless given.
     """
@@ -208,8 +211,8 @@ def process(
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child's process group and close the pipes."""
-    if child.poll() is None:
+    """End the child's process group, unless its leader was waited for, and close the pipes."""
+    if child.returncode is None:  # its number is still its own, be it dead or alive
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,62 @@ def test_what_will_not_run_is_said(
         f"WARNING: {pre}/20-ntp.sh",
         f"WARNING: {pre}/60-mode",
     ]
+
+
+def is_alive(path: Path) -> bool:
+    """Whether the process whose number a hook wrote into the file is there, and no zombie."""
+    try:
+        status = Path(f"/proc/{path.read_text().strip()}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_a_hook_leaves_running_holds_nothing(
+    pre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A daemon that was started on purpose, and forgot to close its output, goes on."""
+    pid = tmp_path / "pid"
+    hook(pre, "10-daemon", f"sleep 60 & echo $! > {pid}\necho started; printf 'no newline'")
+    hook(pre, "20-next", "echo next")
+    started = time.monotonic()
+    hooks.call(tmp_path, "pre", {"PATH": os.environ["PATH"]})
+    assert time.monotonic() - started < 10
+    assert is_alive(pid)
+    os.kill(int(pid.read_text()), 9)
+    assert capsys.readouterr().err.splitlines() == [
+        "hook pre/10-daemon",
+        "10-daemon: started",
+        "10-daemon: no newline",
+        "hook pre/20-next",
+        "20-next: next",
+    ]
+
+
+def test_a_daemon_that_talks_without_end(
+    pre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook(pre, "10-noisy", f"yes & echo $! > {tmp_path}/pid; sleep 0.1")
+    started = time.monotonic()
+    hooks.call(tmp_path, "pre", {"PATH": os.environ["PATH"]})
+    assert time.monotonic() - started < 30
+    assert "10-noisy: y\n" in capsys.readouterr().err
+
+
+def test_last_words_are_heard(
+    pre: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook(pre, "10-tail", "(sleep 0.3; echo last) &")
+    hooks.call(tmp_path, "pre", {"PATH": os.environ["PATH"]})
+    assert capsys.readouterr().err.splitlines() == ["hook pre/10-tail", "10-tail: last"]
+
+
+def test_a_hook_that_hangs_is_ended_with_all_it_started(
+    pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "LIMIT_S", 0.5)
+    hook(pre, "10-hang", f"sleep 60 & echo $! > {tmp_path}/pid; wait")
+    with pytest.raises(Error, match=r"^hook pre/10-hang did not end within 0.5 s; see its output"):
+        hooks.call(tmp_path, "pre", {"PATH": os.environ["PATH"]})
+    time.sleep(0.2)
+    assert not is_alive(tmp_path / "pid")

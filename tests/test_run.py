@@ -191,3 +191,11 @@ def test_sandbox_dies_with_its_parent(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the sandboxed program outlived its parent")
+
+
+def test_a_leader_that_ended_does_not_save_its_group(tmp_path: Path) -> None:
+    """What it left keeps the output open until the time is over."""
+    with pytest.raises(Error, match=r"sh did not end within 0.5 s"):
+        run.run(["sh", "-c", f"(sleep 1.5; touch {tmp_path}/late) & exit 0"], timeout_s=0.5)
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists()

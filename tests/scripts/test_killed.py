@@ -19,8 +19,9 @@ OLD = b"old "
 
 
 def killed(door: Door, disk: Path, image: Path, call: str, number: int) -> bool:
-    """Let create die at its Nth call of this kind; say whether it lived to make it."""
-    strace = ["strace", "--output=/dev/null", f"--inject={call}:signal=KILL:when={number}"]
+    """Let create die at its Nth call of this kind on the disk; say whether it lived to make it."""
+    strace = ["strace", "--output=/dev/null", f"--trace-path={disk}"]
+    strace += [f"--inject={call}:signal=KILL:when={number}"]
     before = set(Path("/run").glob("cloudimage-*"))
     status = subprocess.run(
         [*strace, ROOT / "create"],
@@ -51,6 +52,7 @@ def test_killed(door: Door, disk: Callable[..., Path], tmp_path: Path, call: str
             assert "meta-data" in seed_files(target), number
         else:
             assert head in (bytes(4096), (OLD * 1024)[:4096]), number
-        assert door("create", disks=[target], OSP_IMAGE=str(image)).status == 0
+        result = door("create", disks=[target], OSP_IMAGE=str(image))
+        assert result.status == 0, result.log
         assert os.path.getsize(target) == 32 * MIB
     assert number > 1
