@@ -20,10 +20,12 @@ TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debian-archive-keyring dmsetu
 	mmdebstrap openssh-client openssh-server openssl parted pigz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 socat strace tinyproxy xfsprogs
+STORAGE_PACKAGES = ceph-common ceph-mgr ceph-mon ceph-osd qemu-block-extra
 
 help:
 	@echo "make check      set up what the tests need, lint, and run the tests that need no root"
 	@echo "make check-root the tests that need root: loop devices, a real Ganeti cluster, booted guests"
+	@echo "make check-storage  the tests on a real Ceph of one node on 127.0.0.1 (root)"
 	@echo "make demo       show the product at work on this machine, in a throwaway cluster (root)"
 	@echo "make bench      measure sizes and speeds against named peers (root)"
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
@@ -53,12 +55,16 @@ lint: setup
 	$(VENV)/bin/vermin --quiet --no-tips --violations -t=3.9- lib
 
 test: setup
-	$(VENV)/bin/pytest -m "not root and not cluster and not boot"
+	$(VENV)/bin/pytest -m "not root and not cluster and not boot and not storage"
 
 check: packages lint test
 
 check-root: packages setup
 	$(VENV)/bin/pytest -m "root or cluster or boot"
+
+check-storage: TEST_PACKAGES += $(STORAGE_PACKAGES)
+check-storage: packages setup
+	$(VENV)/bin/pytest -m storage
 
 demo: packages
 	tests/demo
@@ -97,4 +103,4 @@ uninstall:
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup packages lint test check check-root demo bench metad-check install uninstall clean
+.PHONY: help setup packages lint test check check-root check-storage demo bench metad-check install uninstall clean

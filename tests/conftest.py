@@ -42,7 +42,9 @@ def gpg_home() -> Iterator[Path]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need root are skipped for others; with CI=true that is a failure."""
     for item in items:
-        if os.geteuid() != 0 and any(map(item.get_closest_marker, ("root", "cluster", "boot"))):
+        if os.geteuid() != 0 and any(
+            map(item.get_closest_marker, ("root", "cluster", "boot", "storage"))
+        ):
             if CI:
                 raise pytest.UsageError("CI=true needs root")
             item.add_marker(pytest.mark.skip(reason="needs root"))
