@@ -33,11 +33,13 @@ TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyr
 	mmdebstrap openssh-client openssh-server openssl parted pigz pixz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 rpm rpmlint socat strace tinyproxy xfsprogs
+STORAGE_PACKAGES = ceph-common ceph-mgr ceph-mon ceph-osd qemu-block-extra
 
 help:
 	@echo "make check      set up what the tests need, lint, and run the tests that need no root"
 	@echo "make check-root the tests that need root: loop devices, a real Ganeti cluster, booted guests"
 	@echo "make check-nodes [NODES=\"debian-11 ...\"]  the doors on every release that README names (root)"
+	@echo "make check-storage  the tests on a real Ceph of one node on 127.0.0.1 (root)"
 	@echo "make demo       show the product at work on this machine, in a throwaway cluster (root)"
 	@echo "make bench      measure sizes and speeds against named peers (root)"
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
@@ -69,7 +71,7 @@ lint: setup
 	$(VENV)/bin/vermin --quiet --no-tips --violations -t=3.9- lib
 
 test: setup
-	$(VENV)/bin/pytest -m "not root and not cluster and not boot and not nodes"
+	$(VENV)/bin/pytest -m "not root and not cluster and not boot and not nodes and not storage"
 
 check: packages lint test
 
@@ -78,6 +80,10 @@ check-root: packages setup
 
 check-nodes: packages setup
 	NODES="$(NODES)" $(VENV)/bin/pytest -m nodes
+
+check-storage: TEST_PACKAGES += $(STORAGE_PACKAGES)
+check-storage: packages setup
+	$(VENV)/bin/pytest -m storage
 
 demo: packages
 	tests/demo
@@ -179,5 +185,5 @@ rpm: source
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup packages lint test check check-root check-nodes demo bench metad-check \
+.PHONY: help setup packages lint test check check-root check-nodes check-storage demo bench metad-check \
 	own-bundle own-config install uninstall source deb rpm clean

@@ -210,6 +210,13 @@ def process(
             _end(child)
 
 
+def end(child: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Let the child end by itself until the time is over, then end its process group."""
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout_s)
+    _end(child)
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End the child's process group, unless its leader was waited for, and close the pipes."""
     if child.returncode is None:  # its number is still its own, be it dead or alive

@@ -252,9 +252,7 @@ def test_unreachable_uri() -> None:
         disk.open_target(Disk(0, uri="nbd+unix:///?socket=/nowhere"))
     assert caught.value.message.startswith("nbd+unix:///?socket=/nowhere: qemu-nbd: ")
     assert caught.value.message.endswith("No such file or directory")
-    assert caught.value.hint == (
-        "qemu's driver for it may be missing: qemu-block-extra (EL: qemu-kvm-block-*)"
-    )
+    assert caught.value.hint is None
 
 
 @pytest.mark.parametrize(

@@ -13,30 +13,38 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Optional
 
 from lib import log, run
 from lib.errors import Error
 
 CONNECT_TIMEOUT_S = 60.0  # a Ceph cluster may take its time
 ANSWER_TIMEOUT_S = 180.0  # for one request: a Ceph cluster that heals may take its time
+END_TIMEOUT_S = 3.0  # for a server of which nothing is wanted any more
 ZERO_LIMIT_BYTES = 1 << 30
 REQUEST, REQUEST_MAGIC, REPLY_MAGIC = ">IHHQQI", 0x25609513, 0x67446698
 READ, WRITE, DISCONNECT, FLUSH, WRITE_ZEROES = 0, 1, 2, 3, 6
+HINTS = {
+    "Unknown protocol": "install qemu's driver for it: qemu-block-extra (EL: qemu-kvm-block-*)",
+    "not permitted": "let the node's key write to it (Ceph: osd 'profile rbd pool=...')",
+    "No space left": "make room in the storage, then run this again",
+}
 
 
 class Connection:
     """An export, by requests that end before the next one starts."""
 
-    def __init__(self, server: socket.socket, uri: str) -> None:
-        self.server = server
-        self.uri = uri
-        magic, version, _flags = struct.unpack(">8s8sH", self._receive(18))
-        if (magic, version) != (b"NBDMAGIC", b"IHAVEOPT"):
-            raise Error(f"{uri}: qemu-nbd does not speak NBD's newstyle handshake")
-        # client flags: fixed newstyle, no padding; option 1 names the export (the empty name)
-        server.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0))
-        self.size_bytes: int = struct.unpack(">QH", self._receive(10))[0]
+    def __init__(self, server: socket.socket, uri: str, ended: Callable[[], str]) -> None:
+        self.server, self.uri = server, uri
+        self.ended = ended  # ends the server and returns what it said last
+        with self._exchange():
+            magic, version, _flags = struct.unpack(">8s8sH", self._receive(18))
+            if (magic, version) != (b"NBDMAGIC", b"IHAVEOPT"):
+                raise Error(f"{uri}: qemu-nbd does not speak NBD's newstyle handshake")
+            # client flags: fixed newstyle, no padding; option 1 names the export (the empty name)
+            server.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0))
+            self.size_bytes: int = struct.unpack(">QH", self._receive(10))[0]
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
@@ -61,88 +69,119 @@ class Connection:
 
     def close(self) -> None:
         """Tell the server that this was all, so that it ends."""
-        self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, DISCONNECT, 0, 0, 0))
-        self.server.shutdown(socket.SHUT_WR)
+        with self._exchange():
+            self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, DISCONNECT, 0, 0, 0))
+            self.server.shutdown(socket.SHUT_WR)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can still be made."""
+        return self.server.fileno() != -1
 
     def _request(
         self, kind: int, offset: int = 0, length: int = 0, data: bytes = b"", answer_bytes: int = 0
     ) -> bytes:
-        try:
+        with self._exchange():
             self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, kind, 0, offset, length))
             self.server.sendall(data)
-        except socket.timeout as error:  # TODO: TimeoutError, with Python 3.10
-            raise _Stalled from error
-        except OSError as error:
-            raise _Gone from error
-        magic, status, _cookie = struct.unpack(">IIQ", self._receive(16))
-        if magic != REPLY_MAGIC:
-            raise Error(f"{self.uri}: qemu-nbd sent what is no reply")
-        if status:
-            raise Error(f"{self.uri}: {os.strerror(status)}")
-        return self._receive(answer_bytes)
+            magic, status, _cookie = struct.unpack(">IIQ", self._receive(16))
+            if magic != REPLY_MAGIC:
+                raise Error(f"{self.uri}: qemu-nbd sent what is no reply")
+            if status == 0:
+                return self._receive(answer_bytes)
+        words = os.strerror(status)
+        raise Error(f"{self.uri}: {words}", _hint(words))
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """End the server if a request is not answered whole, a signal included.
+
+        What is sent next would be taken for the rest of it, or its answer for that of the next.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.server.close()
+            raise _reason(error, self.uri, self.ended()) from error
 
     def _receive(self, length: int) -> bytes:
         data = bytearray(length)
         view = memoryview(data)
         while view:
-            try:
-                count = self.server.recv_into(view)
-            except socket.timeout as error:
-                raise _Stalled from error
-            except OSError as error:
-                raise _Gone from error
+            count = self.server.recv_into(view)
             if count == 0:
-                raise _Gone
+                raise ConnectionResetError
             view = view[count:]
         return bytes(data)
 
 
-class _Stalled(Exception):
-    """The storage behind the server does not answer."""
+def _reason(error: BaseException, uri: str, words: str) -> BaseException:
+    """Return what to raise for what came in the way of a request."""
+    if isinstance(error, socket.timeout):  # TODO: TimeoutError, with Python 3.10
+        return _silent(f"{uri}: the storage did not answer within {ANSWER_TIMEOUT_S:g} s")
+    if isinstance(error, OSError):
+        return Error(f"{uri}: {words or 'qemu-nbd ended'}", _hint(words))
+    return error
 
 
-class _Gone(Exception):
-    """The server closed the connection; its standard error says why."""
+def _silent(message: str) -> Error:
+    # Ceph lets writes to a full pool wait, and a node without a ceph.conf look for its monitors
+    hint = "see that the storage serves this node and is not full (ceph health detail)"
+    return Error(message, f"{hint}, then run this again")
+
+
+def _hint(words: str) -> Optional[str]:
+    """Return the way out for what qemu-nbd or the kernel said."""
+    return next((hint for part, hint in HINTS.items() if part in words), None)
 
 
 @contextmanager
 def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
     """Open the raw disk that qemu finds under `uri`; on leaving, what was written is flushed."""
-    with tempfile.TemporaryDirectory(prefix="cloudimage-") as directory:
-        path = os.path.join(directory, "nbd")
+    with ExitStack() as stack:
+        path = os.path.join(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="cloudimage-")), "nbd"
+        )
         command = ["qemu-nbd", "--format=raw", "--cache=writeback", "--discard=unmap"]
         command += [f"--socket={path}", *([] if writable else ["--read-only"]), "--", uri]
-        with run.process(command) as child:
-            try:
-                with socket.socket(socket.AF_UNIX) as server:
-                    _await(server, path, uri, lambda: child.poll() is not None)
-                    server.settimeout(ANSWER_TIMEOUT_S)
-                    connection = Connection(server, uri)
-                    yield connection
-                    if writable:
-                        connection.sync()
-                    connection.close()
-            except _Stalled as error:
-                raise Error(
-                    f"{uri}: the storage did not answer within {ANSWER_TIMEOUT_S:g} s",
-                    "look at the storage (ceph health), then run this again",
-                ) from error
-            except _Gone as error:
-                assert child.stderr is not None  # run.process makes a pipe of it
-                words = child.stderr.read(4096).decode("ascii", "backslashreplace").strip()
-                raise Error(
-                    f"{uri}: {log.printable(words, 200) or 'qemu-nbd ended'}",
-                    "qemu's driver for it may be missing: qemu-block-extra (EL: qemu-kvm-block-*)",
-                ) from error
-            child.wait()
+        # a file, for nobody reads meanwhile: librados fills a pipe with its complaints
+        said = stack.enter_context(open(os.memfd_create("stderr"), "w+b"))
+        child = stack.enter_context(run.process(command, stdout=said, stderr=said))
+        # killed at once, it would leave a lock in the storage
+        stack.callback(run.end, child, END_TIMEOUT_S)
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+
+        def ended() -> str:
+            run.end(child, END_TIMEOUT_S)
+            said.seek(0)
+            return _last_words(said.read().decode("ascii", "backslashreplace"), uri)
+
+        _await(server, path, uri, child, ended)
+        server.settimeout(ANSWER_TIMEOUT_S)
+        connection = Connection(server, uri, ended)
+        yield connection
+        if writable:
+            connection.sync()
+        connection.close()
+        run.end(child, ANSWER_TIMEOUT_S)
 
 
-def _await(server: socket.socket, path: str, uri: str, ended: Callable[[], bool]) -> None:
+def _last_words(text: str, uri: str) -> str:
+    """Return the line that says why qemu-nbd ended: its own last one, else the last of all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("qemu-nbd: ")] or lines or [""]
+    return log.printable(own[-1].replace(f"Failed to blk_new_open '{uri}': ", ""), 200)
+
+
+def _await(
+    server: socket.socket, path: str, uri: str, child: run.Process[bytes], ended: Callable[[], str]
+) -> None:
     """Connect as soon as qemu-nbd listens."""
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while server.connect_ex(path) != 0:
-        if ended():
-            raise _Gone
+        if child.poll() is not None:
+            words = ended()
+            raise Error(f"{uri}: {words or 'qemu-nbd ended'}", _hint(words))
         if time.monotonic() > deadline:
-            raise Error(f"{uri}: qemu-nbd did not open it within {CONNECT_TIMEOUT_S:g} s")
+            raise _silent(f"{uri}: the storage did not open it within {CONNECT_TIMEOUT_S:g} s")
         time.sleep(0.01)

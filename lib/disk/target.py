@@ -91,7 +91,7 @@ class Target:
         revive an old one.
         """
         progress = log.Progress(f"writing {self.label}", total_bytes)
-        end = start
+        end, zeroes = start, 0  # zeroes: how many before the end are not written yet
         with closing(content):
             first = next(content, b"")  # what fails at once leaves the disk as it was
             with self.opened(writable=True) as handle:
@@ -110,13 +110,15 @@ class Target:
                         self.head[end : end + held] = block[:held]
                     for offset, piece in _pieces(block, held):
                         if isinstance(piece, int):
-                            handle.zero(end + offset, piece)
-                        else:
-                            handle.write(end + offset, piece)
+                            zeroes += piece  # in one: Ceph gives back whole objects only
+                            continue
+                        handle.zero(end + offset - zeroes, zeroes)
+                        zeroes = 0
+                        handle.write(end + offset, piece)
                     end = following
                     progress.update(end)
                 behind = min(self.size_bytes, max(MIB, -(-end // MIB) * MIB + MIB))
-                handle.zero(end, behind - end)
+                handle.zero(end - zeroes, behind - end + zeroes)
                 _forget_emptiness(handle)
         progress.end()
         return end
@@ -288,6 +290,8 @@ def write(source: BinaryIO, target: Target) -> None:
 def wipe_head(target: Target) -> None:
     """Make the disk unbootable: no first MiB, no second GPT in the last one; synced."""
     target.head = None
+    if isinstance(target.held, nbd.Connection) and not target.held.is_open:
+        target.held = None  # what was begun there was not ended: another connection is needed
     with target.opened(writable=True) as handle:
         _forget_emptiness(handle)
         _wipe_ends(handle)
@@ -317,6 +321,7 @@ def sync(target: Target) -> None:
     """Return when the disk is on stable storage, its withheld head last."""
     if target.head is not None:
         target.finish()
-    elif target.disk.path is not None:  # writes to a URI were flushed as it was closed
+    elif target.disk.path is not None or target.held is not None:
+        # else it is a URI, whose writes were flushed as it was closed
         with target.opened(writable=False) as handle:
             handle.sync()

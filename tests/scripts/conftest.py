@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import pytest
 
@@ -81,6 +81,16 @@ def _work_folders() -> list[Path]:
     return [*Path("/run").glob("cloudimage-*"), *Path("/tmp").glob("cloudimage*")]
 
 
+def impatient(command: str, seconds: float) -> list[Union[str, Path]]:
+    """Return what runs a door that waits only so long for storage; a door takes no options."""
+    program = (
+        "import sys; from lib import commands, entry; from lib.disk import nbd; "
+        f"nbd.CONNECT_TIMEOUT_S = nbd.ANSWER_TIMEOUT_S = {seconds}; "
+        f"sys.exit(entry.run(commands.{command}))"
+    )
+    return ["/usr/bin/python3", "-B", "-c", program]
+
+
 class Door:
     """Calls one script with exactly the variables that Ganeti sets, and no other."""
 
@@ -92,6 +102,7 @@ class Door:
         self.cache = folder / "cache"
         self.configure("")
         self.path = SYSTEM_PATH
+        self.wrapper: list[Union[str, Path]] = []  # what starts the door instead of Ganeti
 
     def configure(self, text: str) -> None:
         """Write cloudimage.conf; the cache is always below the test's own folder."""
@@ -116,13 +127,19 @@ class Door:
         return {**given(disks, own), **more}
 
     def __call__(
-        self, door: str, *arguments: str, disks: list[Path], stdin: Any = None, **more: str
+        self,
+        door: Union[str, list[Union[str, Path]]],
+        *arguments: str,
+        disks: list[Path],
+        stdin: Any = None,
+        **more: str,
     ) -> Result:
-        """Run the door; both streams go to one file, as for create and rename."""
+        """Run the door, or what stands for it; both streams go to one file, as for create."""
+        command = [ROOT / door] if isinstance(door, str) else door
         log = self.folder / "log"
         with log.open("wb") as output:
             status = subprocess.run(
-                [ROOT / door, *arguments],
+                [*self.wrapper, *command, *arguments],
                 cwd=ROOT,
                 env=self.environment(disks, more),
                 stdin=subprocess.DEVNULL if stdin is None else stdin,

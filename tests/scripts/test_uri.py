@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import require
+from tests.conftest import ROOT, require
 from tests.images import MIB, convert, disk_image
-from tests.scripts.conftest import GAP, UUID, Door, Result, seed_files
+from tests.scripts.conftest import GAP, UUID, Door, Result, impatient, seed_files
 
 OLD = b"\xff"
 Make = Callable[..., Path]
@@ -93,7 +95,11 @@ def test_too_small(door: Door, disk: Make, image: Path, uri: Uri) -> None:
     [
         ("file:/nonexistent", "No such file or directory"),
         ("nbd+unix:///?socket=/nonexistent", "No such file or directory"),
-        ("nosuch:pool/disk", "nosuch:pool/disk: "),
+        (
+            "nosuch:pool/disk",
+            "nosuch:pool/disk: qemu-nbd: Unknown protocol 'nosuch'; install qemu's driver for it:"
+            " qemu-block-extra (EL: qemu-kvm-block-*)",
+        ),
         ('json:{"driver":"file"}', 'DISK_0_URI=\'json:{"driver":"file"}\': json: is not accepted'),
         ("/dev/null", "DISK_0_URI='/dev/null' is not a URI"),
     ],
@@ -114,3 +120,112 @@ def test_a_seed_disk(door: Door, disk: Make, image: Path) -> None:
     assert json.loads(seed_files(second, 0)["meta-data"])["instance-id"] == UUID
     with first.open("rb") as file:
         assert os.pread(file.fileno(), 512, GAP) == bytes(512)
+
+
+@pytest.fixture
+def server(nbd: Uri, disk: Make, tmp_path: Path) -> Iterator[tuple[str, Path, int]]:
+    """Serve a disk of old bytes; yield its URI, its file and the server, which goes on later."""
+    target = disk(32)
+    target.write_bytes(OLD * 32 * MIB)
+    address = nbd(target)
+    pid = int((tmp_path / "pid").read_text())
+    yield address, target, pid
+    os.kill(pid, signal.SIGCONT)
+
+
+def clients(server: int, address: str) -> list[str]:
+    """Return the processes that use the address, but for who serves it."""
+    found = subprocess.run(["pgrep", "-f", address[-40:]], capture_output=True, text=True)
+    return [pid for pid in found.stdout.split() if int(pid) != server]
+
+
+@pytest.mark.parametrize("phase", ["pre", "post"])
+def test_create_on_storage_that_stalls(
+    door: Door, image: Path, server: tuple[str, Path, int], phase: str
+) -> None:
+    address, target, pid = server
+    folder = door.confdir / "hooks.d" / phase
+    folder.mkdir(parents=True)
+    (folder / "stop").write_text(f"#!/bin/sh\nkill -STOP {pid}\n")
+    (folder / "stop").chmod(0o755)
+    given = {"OSP_IMAGE": str(image), "DISK_COUNT": "1", "DISK_0_URI": address}
+    started = time.monotonic()
+    result = door(impatient("create", 2), disks=[], **given)
+    assert time.monotonic() - started < 15
+    assert result.status == 1
+    assert result.error == (
+        f"ERROR: {address}: the storage did not answer within 2 s; see that the storage serves"
+        " this node and is not full (ceph health detail), then run this again"
+    )
+    assert ("its head could not be wiped, it may boot" in result.log) == (phase == "post")
+    assert not clients(pid, address)
+    assert not door.leftovers()
+    if phase == "pre":
+        assert target.read_bytes() == OLD * 32 * MIB
+
+
+def test_import_to_storage_that_stalls(
+    door: Door, image: Path, server: tuple[str, Path, int]
+) -> None:
+    address, target, pid = server
+    given = {"IMPORT_DISK_URI": address, "IMPORT_INDEX": "0"}
+    dump = image.read_bytes()
+    child = subprocess.Popen(
+        impatient("restore", 2),
+        cwd=ROOT,
+        env=door.environment([], given),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    child.stdin.write(dump[: 6 * MIB])
+    child.stdin.flush()
+    while target.read_bytes()[4 * MIB : 5 * MIB] != dump[4 * MIB : 5 * MIB]:
+        assert child.poll() is None
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGSTOP)
+    _out, said = child.communicate(dump[6 * MIB :], timeout=30)
+    assert child.returncode == 1
+    last = said.decode("ascii").splitlines()[-1]
+    assert last.startswith(f"ERROR: importing to {address}: {address}: the storage did not answer")
+    assert not clients(pid, address)
+    os.kill(pid, signal.SIGCONT)
+    assert create(door, image, address).status == 0  # when the server has done what it had got
+    assert seed_files(target)
+
+
+def test_a_signal_while_storage_stalls(
+    door: Door, image: Path, server: tuple[str, Path, int]
+) -> None:
+    """The request that was cut off is not taken for the wipe: that is a connection's first."""
+    address, target, pid = server
+    given = {"IMPORT_DISK_URI": address, "IMPORT_INDEX": "0"}
+    child = subprocess.Popen(
+        impatient("restore", 20),
+        cwd=ROOT,
+        env=door.environment([], given),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    dump = image.read_bytes()
+    child.stdin.write(dump[: 6 * MIB])
+    child.stdin.flush()
+    while target.read_bytes()[4 * MIB : 5 * MIB] != dump[4 * MIB : 5 * MIB]:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGSTOP)
+    child.stdin.write(dump[6 * MIB : 8 * MIB])
+    child.stdin.flush()
+    time.sleep(1)
+    child.terminate()
+    time.sleep(2)
+    os.kill(pid, signal.SIGCONT)
+    assert child.stderr is not None
+    said = child.stderr.read().decode("ascii")
+    assert child.wait(30) == 1
+    child.stdin.close()
+    child.stderr.close()
+    assert f"{address}: made unbootable" in said
+    content = target.read_bytes()
+    assert not any(content[:MIB])
+    assert not any(content[-MIB:])
