@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -32,8 +33,21 @@ def killed(door: Door, disk: Path, image: Path, call: str, number: int) -> bool:
         timeout=120,
     ).returncode
     for folder in set(Path("/run").glob("cloudimage-*")) - before:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_unlocked(folder):  # another create on this machine has locked its own
+            shutil.rmtree(folder)
     return status != 0
+
+
+def is_unlocked(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("call", ["fsync", "pwrite64", "fallocate"])
