@@ -1,26 +1,32 @@
-"""Random and mutated headers: inspect() answers or refuses, and never breaks or hangs.
+"""Random and mutated images: the decoder answers or refuses, and never breaks or hangs.
 
-FUZZ_EXAMPLES=100000 makes it a long run (about ten minutes).
+FUZZ_EXAMPLES=100000 makes it a long run: ten minutes for inspect(), an hour or two for
+test_the_door_without_its_sandbox.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
 import tarfile
 import zlib
 from functools import cache
+from typing import Optional
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lib.decoder import __main__ as program
 from lib.decoder import image
 from lib.decoder.source import Source
 from lib.errors import Error
 from tests import corpus
+from tests.conftest import require
 from tests.decoding import coming, decoded
+from tests.tars import END, gnu_sparse, member, ovf, pax
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 LIMIT = 1 << 44
@@ -225,6 +231,70 @@ def test_the_whole_door(
         status = (path or image).stat()
         assert 0 < status.st_size <= DOOR
         assert status.st_size % 512 == 0
+
+
+def _archive(kind: str, data: bytes) -> bytes:
+    """What a disk comes in, small enough that mutations hit what is around it."""
+    if kind == "gnu-sparse":
+        return gnu_sparse(data[:1024], len(data), (0, 512), (8192, 512)) + END
+    if kind == "pax":
+        return pax({"size": len(data), "path": "disk.raw"}) + member("x", data) + END
+    if kind == "ova":
+        digest = hashlib.sha256(data).hexdigest()
+        manifest = f"SHA256(a.vmdk)= {digest}\n".encode()
+        beside = member("a.ovf", ovf()) + member("a.mf", manifest)
+        return beside + member("a.vmdk", data) + END
+    return _packed(data, kind)
+
+
+def _summed(data: bytes) -> bytes:
+    """Give the first headers of an archive their checksum, which would stop all that follows."""
+    made = bytearray(data)
+    for start in range(0, min(8192, len(made) - 511), 512):
+        if made[start + 257 : start + 262] == b"ustar":
+            made[start + 148 : start + 156] = b" " * 8
+            made[start + 148 : start + 156] = b"%06o\0 " % sum(made[start : start + 512])
+    return bytes(made)
+
+
+@settings(fuzz, deadline=20_000)
+@given(
+    st.sampled_from(sorted(SEEDS)),
+    patches,
+    st.sampled_from(("", "tar", "gnu-sparse", "pax", "ova", "gz", "tar.gz")),
+    patches,
+    st.none() | st.integers(1, 1 << 12) | st.integers(1, 1 << 20),
+    st.sampled_from(("auto", "auto", *image.FORMATS)),
+)
+def test_the_door_without_its_sandbox(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    changes: list[tuple[int, bytes]],
+    layer: str,
+    later: list[tuple[int, bytes]],
+    kept: Optional[int],
+    declared: str,
+) -> None:
+    """All that the program does, without the start of a sandbox: a hundred times as many."""
+    require("qemu-img", "gzip")
+    folder = tmp_path_factory.getbasetemp()
+    program.SCRATCH, program.OUTPUT = folder / "scratch", folder / "output"
+    kind, _dot, compression = layer.partition(".")
+    data = _archive(kind, _changed(SEEDS[name], changes))
+    data = _summed(_changed(data, later[:2])) if layer else data
+    data = _packed(data[:kept], compression)
+    for path in (program.SCRATCH, program.OUTPUT):
+        path.write_bytes(b"")
+    (folder / "input").write_bytes(data)
+    with (folder / "input").open("rb") as file:
+        try:
+            verdict = program.decode(Source(file.fileno(), len(data)), declared, DOOR)
+        except Error as error:
+            assert str(error)
+        else:
+            path = folder / verdict["where"]
+            assert path.stat().st_size == verdict["size_bytes"] <= DOOR
+            assert path.stat().st_blocks * 512 <= DOOR
 
 
 def _changed(data: bytes, changes: list[tuple[int, bytes]]) -> bytes:
