@@ -149,7 +149,7 @@ def test_the_time_is_bounded(tmp_path: Path) -> None:
     assert str(caught.value).startswith("decoding took longer than the limit of 0 s; see")
 
 
-SOUND = {"format": "qcow2", "size_bytes": MIB, "layers": [], "where": "output"}
+SOUND = {"size_bytes": MIB, "where": "output"}
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,6 @@ SOUND = {"format": "qcow2", "size_bytes": MIB, "layers": [], "where": "output"}
         json.dumps({**SOUND, "size_bytes": -512}),
         json.dumps({**SOUND, "size_bytes": MIB + 1}),
         json.dumps({**SOUND, "size_bytes": 2 * LIMIT}),
-        json.dumps({**SOUND, "format": "../../etc"}),
-        json.dumps({**SOUND, "format": ["raw"]}),
         json.dumps({**SOUND, "where": "/etc/passwd"}),
         json.dumps({**SOUND, "where": {"a": 1}}),
         json.dumps(SOUND) + "x" * 5000,

@@ -1,7 +1,7 @@
 """The program that understands images, for the sandbox: bytes in, a raw file and one line out.
 
 Standard input is the image, a file that may still grow. The line is a JSON object: either `error`
-and `hint`, or `format`, `size_bytes`, `layers` and `where` the raw image is: "input" (it is one),
+and `hint`, or `size_bytes` and `where` the raw image is: "input" (it is one),
 "scratch" or "output".
 """
 
@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # -I leaves it out
 
 from lib.compression import HEAD_BYTES, detect
 from lib.decoder import image, unpack
-from lib.decoder.image import Image
 from lib.decoder.source import Source
 from lib.errors import Error, describe
 
@@ -27,30 +26,26 @@ SCRATCH, OUTPUT = Path("/scratch"), Path("/output")
 
 def decode(source: Source, declared: str, limit_bytes: int) -> dict[str, Any]:
     """Decode the input; return the verdict."""
-    layers: list[str] = []
-    inner, where, parts = source, "input", image.Parts()
-    if detect(source.read(0, HEAD_BYTES)) is not None:
-        with SCRATCH.open("r+b") as unpacked:
-            layers = unpack.unpack(source, unpacked, limit_bytes)
-        source.wait()  # what reads a stream may have had enough before the end
-        descriptor = os.open(SCRATCH, os.O_RDONLY)
-        inner, where = Source(descriptor, os.fstat(descriptor).st_size), "scratch"
-    elif not source.is_whole:
-        parts = image.begun(source, declared, limit_bytes)
-    if parts:
-        image.decode(source, image.Image("qcow2", sum(size for _, size in parts)), OUTPUT, parts)
-    found = image.inspect(inner, declared, limit_bytes)
-    if found.format != "raw":
-        where = "output"
-        if not parts:
-            image.decode(inner, found, OUTPUT)
-        image.look_inside(OUTPUT, found, declared)
-    return _verdict(found, layers, where)
-
-
-def _verdict(found: Image, layers: list[str], where: str) -> dict[str, Any]:
-    size = found.virtual_size_bytes
-    return {"format": found.format, "size_bytes": size, "layers": layers, "where": where}
+    with SCRATCH.open("r+b") as unpacked:
+        inner, where, parts = source, "input", image.Parts()
+        if detect(source.read(0, HEAD_BYTES)) is not None:
+            unpack.unpack(source, unpacked, limit_bytes)
+            source.wait()  # what reads a stream may have had enough before the end
+            unpacked.flush()
+            inner = Source(unpacked.fileno(), os.fstat(unpacked.fileno()).st_size)
+            where = "scratch"
+        elif not source.is_whole:
+            parts = image.begun(source, declared, limit_bytes)
+        if parts:
+            whole = image.Image("qcow2", sum(size for _, size in parts))
+            image.decode(source, whole, OUTPUT, parts)
+        found = image.inspect(inner, declared, limit_bytes)
+        if found.format != "raw":
+            where = "output"
+            if not parts:
+                image.decode(inner, found, OUTPUT)
+            image.look_inside(OUTPUT, found, declared)
+    return {"size_bytes": found.virtual_size_bytes, "where": where}
 
 
 def main(declared: str, limit_bytes: int, size_bytes: int, growing: int) -> None:

@@ -16,8 +16,8 @@ _BLOCK_BYTES = 64 << 10  # zeroes that long and aligned become a hole
 _ZEROES = bytes(_BLOCK_BYTES)
 
 
-def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> list[str]:
-    """Write the one image in `source` to `output`, a fresh file; return what was taken off.
+def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> None:
+    """Write the one image in `source` to `output`, a fresh file.
 
     Zeroes become holes.
 
@@ -28,12 +28,10 @@ def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> list[str]:
     devices, a name twice, more than `limit_bytes`, or anything packed in what comes out are errors.
     """
     kind = detect(source.read(0, HEAD_BYTES))
-    layers = [] if kind in (None, "tar") else [str(kind)]
-    plain = kind if layers else None
-    with source.stream() as packed, decompressed(packed, plain, sandbox=None) as stream:
+    packing = None if kind == "tar" else kind
+    with source.stream() as packed, decompressed(packed, packing, sandbox=None) as stream:
         head = stream.read(HEAD_BYTES)
         if detect(head) == "tar":
-            layers.append("tar")
             size_bytes = _unpack_archive(stream, head, output, limit_bytes)
         else:
             size_bytes = _copy(stream, output, limit_bytes, head)
@@ -45,7 +43,6 @@ def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> list[str]:
     if inner is not None:
         raise Error(f"the image is packed twice: there is {inner} in it", "unpack it once")
     output.seek(0)
-    return layers
 
 
 def _too_large(limit_bytes: int) -> Error:

@@ -20,16 +20,14 @@ from lib.errors import Error
 LIB = Path(__file__).resolve().parent.parent
 PROGRAM = "/tmp/lib/decoder/__main__.py"
 VERDICT_BYTES = 4096
-_FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 _SECTOR = 512
 _FILES = ("scratch", "output")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of an image: where its raw bytes are, and what it was before."""
+    """What came of an image."""
 
-    format: str
     size_bytes: int
     path: Optional[Path]  # None: the input itself is the raw image
 
@@ -57,7 +55,7 @@ class Decoder:
         self.words.seek(0)
         for line in self.words.read(1 << 16).decode("ascii", "backslashreplace").splitlines():
             log.step(log.printable(line, run.REPLAY_WIDTH))
-        name, size_bytes, where = _verdict(text, self.limit_bytes)
+        size_bytes, where = _verdict(text, self.limit_bytes)
         path = None if where == "input" else self.work / where
         if path is None:
             _check(os.fstat(self.file.fileno()), size_bytes)
@@ -67,7 +65,7 @@ class Decoder:
         for each in _FILES:
             if each != where:
                 (self.work / each).unlink()
-        return Decoded(name, size_bytes, path)
+        return Decoded(size_bytes, path)
 
     def _read(self) -> bytes:
         """Return what it prints, within the limits on length and time."""
@@ -162,26 +160,25 @@ def _limits(limit_bytes: int, size_bytes: int) -> run.Limits:
     )
 
 
-def _verdict(text: bytes, limit_bytes: int) -> tuple[str, int, str]:
-    """Return format, size and place; what was decoded may have taken the writer over."""
+def _verdict(text: bytes, limit_bytes: int) -> tuple[int, str]:
+    """Return size and place; what was decoded may have taken the writer over."""
     try:
         said = json.loads(text)
         if "error" in said:
             hint = log.printable(str(said["hint"]), 300)
             raise Error(log.printable(str(said["error"]), 300), hint or None)
-        name, size, where = said["format"], said["size_bytes"], said["where"]
+        size, where = said["size_bytes"], said["where"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise Error("the decoder gave no answer that could be read") from error
     sound = (
-        name in _FORMATS
-        and type(size) is int
+        type(size) is int
         and 0 < size <= limit_bytes
         and size % _SECTOR == 0
         and where in ("input", *_FILES)
     )
     if not sound:
         raise Error("the decoder gave an answer that makes no sense")
-    return name, size, where
+    return size, where
 
 
 def _check(status: os.stat_result, size_bytes: int) -> None:
