@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import tempfile
@@ -13,13 +12,12 @@ from itertools import groupby
 from typing import BinaryIO, Optional, Protocol, Union
 
 from lib import log, run
+from lib.compression import widen
+from lib.disk.local import BLOCK_BYTES, ZEROES
 from lib.errors import Error
 
-BLOCK_BYTES = 1 << 20
 HOLE_BYTES = 16 << 20  # a hole this long becomes a ready-made frame instead of zstd's input
-ZEROES = bytes(BLOCK_BYTES)
 COMPRESSED_PERCENT = 35  # what zstd leaves of a Debian disk's data
-F_SETPIPE_SZ = 1031  # linux/fcntl.h  TODO: fcntl.F_SETPIPE_SZ, drop with Python 3.9
 
 Block = Union[bytes, int]  # a disk's content in order: data, or the length of a run of zeroes
 Blocks = Generator[Block, None, None]
@@ -120,7 +118,7 @@ def _zstd(output: int) -> Iterator[int]:
         source, pipe = os.pipe()
         read_end.callback(os.close, source)
         write_end.callback(os.close, pipe)
-        _widen(pipe)
+        widen(pipe)
         with run.process(command, stdin=source, stdout=output) as child:
             read_end.close()
             ended_early = False
@@ -136,14 +134,6 @@ def _zstd(output: int) -> Iterator[int]:
         raise BrokenPipeError(errno.EPIPE, "the reader of the dump went away")
     if status != 0 or ended_early:
         raise Error(f"zstd failed with status {status}: {log.printable(words, 200)}")
-
-
-def _widen(pipe: Union[int, BinaryIO]) -> None:
-    """Let a pipe hold a whole block instead of 64 KiB: fewer switches between the processes."""
-    try:
-        fcntl.fcntl(pipe, F_SETPIPE_SZ, BLOCK_BYTES)
-    except OSError:
-        pass  # not a pipe, or too much is held by pipes already
 
 
 def _feed(descriptor: int, block: Block) -> None:
@@ -185,7 +175,7 @@ def load(opened: AbstractContextManager[BinaryIO], target: Target) -> int:
 
 def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
     with opened as stream:
-        _widen(stream)
+        widen(stream)
         block = stream.read(BLOCK_BYTES)
         if not block:
             raise Error("the dump is empty", "look for why the export wrote nothing")
