@@ -75,7 +75,8 @@ def test_a_running_instance(pair: Cluster, node: str) -> None:
 def test_the_example_hook(pair: Cluster, node: str) -> None:
     folder = "/etc/ganeti/hooks/instance-modify-post.d"
     hook = f"{folder}/seed-out-of-date"
-    pair.run(f"mkdir -p {folder}; cp {ROOT}/doc/examples/seed-out-of-date {hook}")
+    source = f"{ROOT}/doc/examples/seed-out-of-date"
+    pair.run(f"mkdir -p {folder}; install -m 755 {source} {hook}")
     pair.run(f"sed -i 's|(cloudimage|({COMMAND}|' {hook}")  # not installed here
     try:
         stopped_with(pair, 20)

@@ -67,7 +67,8 @@ def assert_safe(disk: Path, image: Path) -> None:
     assert disk.stat().st_size == SIZE
     with disk.open("rb") as file:
         head = file.read(4096)
-    if head[446:512] == image.read_bytes()[446:512]:
+    # the table of its boot sector, but for the disk's size in it
+    if head[462:512] == image.read_bytes()[462:512]:
         assert "meta-data" in seed_files(disk)
     else:
         assert head in (bytes(4096), OLD[:4096])
