@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import os
 import shutil
@@ -72,7 +71,7 @@ def create(env: Environment) -> None:
 
 
 def _warn_end_of_life(job: Job) -> None:
-    if job.end_of_life is not None and job.end_of_life < datetime.date.today():
+    if job.is_past_end:
         log.warning(
             f"variant {job.variant}: the vendor's support ended on {job.end_of_life},"
             " the guest gets no more updates; see cloudimage variants"

@@ -21,13 +21,13 @@ NEEDED: dict[str, Optional[tuple[int, ...]]] = {
     "prlimit": None,
     "qemu-img": (5, 2),
     "qemu-nbd": None,
-    "unshare": None,
     "sfdisk": (2, 36),
+    "unshare": None,
     "xz": None,
     "zstd": None,
 }
 # what every create needs, whatever the image is
-CORE = ("bwrap", "mcopy", "mkfs.vfat", "prlimit", "qemu-img", "unshare", "sfdisk")
+CORE = ("bwrap", "mcopy", "mkfs.vfat", "prlimit", "qemu-img", "sfdisk", "unshare")
 _TRIAL_S = 10.0
 
 

@@ -76,10 +76,7 @@ def _is_missing(image: Location) -> bool:
 def _check_location(job: Job, parameter: str, location: Location) -> None:
     """Raise an Error if the file or document is definitely of no use."""
     if location.url is not None:
-        from lib.source import fetch
-
-        options = locations.options(job.config)
-        locations.first(job.config, location.url, lambda url: fetch.probe(url, options))
+        locations.size(location.url, job.config)
     elif location.path is not None and parameter == "image":
         locations.open_image(job, location.path).close()
     elif isinstance(location, Document):

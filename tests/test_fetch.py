@@ -702,17 +702,17 @@ def test_ca_bundle_unusable(text: Optional[str], words: str, tmp_path: Path) -> 
 def test_probe(behaviour: httpd.Behaviour, words: Optional[str]) -> None:
     with httpd.serve({"/image": behaviour}) as server:
         if words is None:
-            fetch.probe(server.url("/image"), QUICK)
+            fetch.size(server.url("/image"), QUICK)
         else:
             with pytest.raises(Error, match=words.replace("?", "[?]")):
-                fetch.probe(server.url("/image"), QUICK)
+                fetch.size(server.url("/image"), QUICK)
         assert server.seen[0].headers["Range"] == "bytes=0-0"
 
 
 def test_probe_of_a_host() -> None:
-    fetch.probe(f"{DEAD}/image", QUICK)
+    fetch.size(f"{DEAD}/image", QUICK)
     with pytest.raises(Error, match="the name of the host does not exist"):
-        fetch.probe("http://nosuch.invalid/image", QUICK)
+        fetch.size("http://nosuch.invalid/image", QUICK)
 
 
 # --- the library itself

@@ -6,9 +6,7 @@ import argparse
 
 from lib import log
 from lib.admin import common
-from lib.settings import params
-from lib.source import obtain
-from lib.source.cache import Cache, Stored
+from lib.source.cache import Stored
 
 
 def add(commands: common.Subparsers) -> None:
@@ -23,12 +21,8 @@ def add(commands: common.Subparsers) -> None:
     parser.set_defaults(action=_prune)
 
 
-def _store() -> Cache:
-    return obtain.store(params.load_config(common.environment()))
-
-
 def _cache(args: argparse.Namespace) -> None:
-    store = _store()
+    store = common.store()
     entries = store.entries()
     if args.json:
         common.show_json(list(map(_row, entries)))
@@ -60,6 +54,6 @@ def _row(each: Stored) -> dict[str, object]:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    for each in _store().prune(args.all):
+    for each in common.store().prune(args.all):
         size = log.size(each.allocated_bytes)
         common.show(f"removed {each.name[:12]}  {size:>8}  {each.note['url']}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import importlib.metadata
 import platform
 import shutil
@@ -14,11 +13,11 @@ from typing import NamedTuple
 
 from lib import hooks, log, tools
 from lib.admin import common, variants
+from lib.disk.local import BLOCK_BYTES, Local
 from lib.errors import Error, describe
 from lib.settings import params
 from lib.source import locations, obtain
 
-FICLONE = 0x40049409  # linux/fs.h, _IOW(0x94, 9, int)
 LOW_BYTES = 2 << 30  # a vendor's image with its download, while an entry is made
 
 
@@ -88,17 +87,13 @@ def _configuration() -> Iterator[Row]:
 
 def _can_clone(work: Path) -> bool:
     with tempfile.TemporaryFile(dir=work) as source, tempfile.TemporaryFile(dir=work) as copy:
-        source.write(bytes(1 << 16))
-        source.flush()
-        try:
-            fcntl.ioctl(copy.fileno(), FICLONE, source.fileno())
-        except OSError:
-            return False
-    return True
+        source.truncate(BLOCK_BYTES)
+        trial = Local(copy.fileno(), "trial")
+        return trial.clone(Local(source.fileno(), "trial"), 0) > 0
 
 
 def _variants() -> Iterator[Row]:
-    directory = params.config_directory(common.environment())
+    directory = common.directory()
     files = params.variant_files(directory)
     offered = variants.listed(directory)
     good = 0
@@ -119,7 +114,7 @@ def _variants() -> Iterator[Row]:
 
 
 def _hooks() -> Iterator[Row]:
-    directory = params.config_directory(common.environment())
+    directory = common.directory()
     for phase in hooks.PHASES:
         for script in hooks.find(directory, phase):
             yield Row("ok", f"hook {phase}: {script} runs")

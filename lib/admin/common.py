@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 from lib import log
@@ -15,6 +16,8 @@ from lib.environment import Environment
 from lib.errors import Error
 from lib.settings import params
 from lib.settings.params import Job
+from lib.source import obtain
+from lib.source.cache import Cache
 
 Subparsers = Any  # argparse has no public name for it
 DAY_S = 86400.0
@@ -64,12 +67,17 @@ def pairs(option: str, text: str) -> dict[str, str]:
     return found
 
 
+def variable(parameter: str) -> str:
+    """Return the variable that Ganeti gives an OS parameter in."""
+    return "OSP_" + parameter.upper().replace("-", "_")
+
+
 def parameters(settings: Sequence[str]) -> dict[str, str]:
     """Return the variables that Ganeti makes of -O."""
     found = {}
     for setting in settings:
         for name, value in pairs("-O", setting).items():
-            found["OSP_" + name.upper().replace("-", "_")] = value
+            found[variable(name)] = value
     return found
 
 
@@ -77,6 +85,16 @@ def environment(variables: Optional[Mapping[str, str]] = None) -> Environment:
     """Return what Ganeti would give with these variables, and the administrator's own folder."""
     own = {key: os.environ[key] for key in ("CLOUDIMAGE_CONFDIR",) if key in os.environ}
     return Environment.from_environ({**own, **(variables or {})})
+
+
+def directory() -> Path:
+    """Return the folder of the administrator's files."""
+    return params.config_directory(environment())
+
+
+def store() -> Cache:
+    """Return this node's cache."""
+    return obtain.store(params.load_config(environment()))
 
 
 def job(image: str, settings: Sequence[str] = ()) -> Job:

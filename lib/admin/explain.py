@@ -140,8 +140,7 @@ def _image(job: Job, disks: _Disks) -> dict[str, str]:
 
 def _download(job: Job, url: str) -> str:
     try:
-        options = locations.options(job.config)
-        size_bytes = locations.first(job.config, url, lambda place: fetch.size(place, options))
+        size_bytes = locations.size(url, job.config)
     except fetch.Unavailable as error:
         return error.message
     return f"{'an unknown size' if size_bytes is None else log.size(size_bytes)} to download"

@@ -7,7 +7,6 @@ import argparse
 from lib import log
 from lib.admin import common, variants
 from lib.errors import Error, several
-from lib.settings import params
 from lib.source import obtain
 
 
@@ -39,5 +38,5 @@ def _fetch(args: argparse.Namespace) -> None:
 
 def _offered() -> list[str]:
     """Return the variants that Ganeti offers, if they are for this machine and have an image."""
-    names = variants.listed(params.config_directory(common.environment()))
+    names = variants.listed(common.directory())
     return sorted(filter(variants.has_image, names))

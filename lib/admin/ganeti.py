@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lib import run
+from lib.admin import common
 from lib.errors import Error
 from lib.settings import config
 
@@ -41,7 +42,7 @@ class Instance:
     @property
     def is_here(self) -> bool:
         """Whether its disks are on this node."""
-        return self.node in (socket.gethostname(), socket.getfqdn())
+        return _is_this_node(self.node)
 
     def disks(self) -> list[Path]:
         """Return the paths that its disks have on its node whether active or not, in order."""
@@ -76,7 +77,7 @@ def instance(name: str) -> Instance:
     if variant:
         variables["OS_VARIANT"] = variant
     for parameter, value in _literal(values["osparams"]).items():
-        variables["OSP_" + parameter.upper().replace("-", "_")] = str(value)
+        variables[common.variable(parameter)] = str(value)
     variables.update(_nics(values))
     variables.update(_disks(values["name"], _literal(values["disk.names"])))
     if values["oper_state"] not in ("Y", "N"):
@@ -97,10 +98,10 @@ def _nics(values: Mapping[str, str]) -> dict[str, str]:
     variables = {"NIC_COUNT": str(len(columns["MAC"]))}
     for key, column in columns.items():
         variables.update({f"NIC_{n}_{key}": value for n, value in enumerate(column) if value})
+    known = {name: network(name) for name in set(networks) - {None}}
     for index, name in enumerate(networks):
-        if name is not None:
-            for key, value in network(name).items():
-                variables[f"NIC_{index}_NETWORK_{key}"] = value
+        for key, value in known.get(name, {}).items():
+            variables[f"NIC_{index}_NETWORK_{key}"] = value
     return variables
 
 
@@ -142,7 +143,11 @@ def other_nodes() -> list[str]:
     """Return the names of the online nodes but this one."""
     lines = call("gnt-node", "list", "--no-headers", "--separator=|", "-o", "name,offline")
     names = [name for name, state in (line.split("|") for line in lines.split()) if state == "N"]
-    return [name for name in names if name not in (socket.gethostname(), socket.getfqdn())]
+    return [name for name in names if not _is_this_node(name)]
+
+
+def _is_this_node(name: str) -> bool:
+    return name in (socket.gethostname(), socket.getfqdn())
 
 
 def on_node(node: str, *argv: str) -> Any:

@@ -19,12 +19,10 @@ from typing import Any
 from lib import log, run
 from lib.admin import common, ganeti
 from lib.errors import Error
-from lib.settings import params
-from lib.source import checksum, obtain
-from lib.source.cache import Cache, Stored
+from lib.source import checksum
+from lib.source.cache import Stored
 
 FOLDER = "/var/tmp"  # copyfile copies to the same path; this folder is on every node
-KEPT = ("url", "server", "digests", "etag", "last_modified", "download_bytes", "fetched")
 
 
 def add(commands: common.Subparsers) -> None:
@@ -44,15 +42,11 @@ def add(commands: common.Subparsers) -> None:
     parser.set_defaults(action=_receive)
 
 
-def _store() -> Cache:
-    return obtain.store(params.load_config(common.environment()))
-
-
 def _push(args: argparse.Namespace) -> None:
     if not args.nodes and not args.all_nodes:
         args.error("give nodes, or --all-nodes")
     nodes = args.nodes or ganeti.other_nodes()
-    entries = _store().entries()
+    entries = common.store().entries()
     for name in args.entry:
         if not any(each.name.startswith(name) for each in entries):
             raise Error(f"{name}: no such entry", "cloudimage cache lists them")
@@ -67,8 +61,7 @@ def _push(args: argparse.Namespace) -> None:
 def _push_entry(entry: Stored, nodes: list[str]) -> None:
     with entry.raw.open("rb") as raw:
         digest = checksum.digest(raw, "sha256")
-    kept = {key: entry.note[key] for key in KEPT if key in entry.note}
-    note = base64.b64encode(json.dumps({**kept, "raw_sha256": digest}).encode()).decode()
+    note = base64.b64encode(json.dumps({**entry.note, "raw_sha256": digest}).encode()).decode()
     descriptor, packed = tempfile.mkstemp(".zst", "cloudimage-push-", FOLDER)
     try:
         with open(descriptor, "wb") as output:
@@ -117,7 +110,7 @@ def _adopted(name: str, note: dict[str, Any], packed: Path) -> bool:
             checksum.check(wanted, checksum.digest(file, "sha256"), f"what came of {name[:12]}")
         return raw, note
 
-    store = _store()
+    store = common.store()
     with store.adopt(name, refresh):
         if not any(each.name == name for each in store.entries()):
             raise Error(f"{store.directory}: cannot be used, see the WARNING")

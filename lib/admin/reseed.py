@@ -55,8 +55,7 @@ def _reseed(args: argparse.Namespace) -> None:
 def _differs(instance: Instance) -> bool:
     """Whether the seed is out of date; Error if there is none or it cannot be read."""
     with _active_disks(instance):
-        current = ganeti.instance(instance.name)  # again, for the paths of its disks
-        return bool(seed.difference(current, seed.of(current)))
+        return bool(seed.difference(instance, seed.of(instance)))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import commands, environment, log
+from lib import commands, log
 from lib.admin import common, ganeti
 from lib.admin.ganeti import Instance
 from lib.environment import Disk
@@ -116,9 +116,7 @@ def read(disks: Sequence[Path]) -> Found:
 
 def difference(instance: Instance, found: Found) -> list[str]:
     """Return what reseed would change, as lines of a unified diff; none if it is up to date."""
-    given = environment.Environment.from_environ(
-        {**common.environment().variables, **instance.variables}
-    )
+    given = common.environment(instance.variables)
     name, uuid = given.identity()
     network = commands.network_config(given, params.parse(given))
     wanted = documents.renamed(found.files, name=name, uuid=uuid, network=network)

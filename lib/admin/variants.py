@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lib.errors import Error, several
 from lib.settings import config, params
 from lib.settings.params import Job
 from lib.settings.values import Location
-from lib.source import fetch, index, locations, obtain
+from lib.source import index, locations, obtain
 
 AT_ONCE = 8
 
@@ -40,23 +39,24 @@ def listed(directory: Path) -> set[str]:
 
 
 def _variants(args: argparse.Namespace) -> int:
-    env = common.environment()
-    names = args.names or sorted(params.variant_files(params.config_directory(env)))
+    directory = common.directory()
+    names = args.names or sorted(params.variant_files(directory))
     if args.check:
         return _check(args, [name for name in names if args.names or has_image(name)])
     problems: list[str] = []
     rows = []
-    offered = listed(params.config_directory(env))
+    offered = listed(directory)
     for name in names:
         try:
-            rows.append(_row(common.job(name), name in offered))
+            job = common.job(name)
         except Error as error:
             problems += error.lines
+            continue
+        rows.append(_row(job, name in offered))
+        if not args.json:
+            _show(rows[-1], job.is_past_end)
     if args.json:
         common.show_json(rows)
-    else:
-        for row in rows:
-            _show(row)
     if problems:
         raise several(problems)
     return 0
@@ -75,9 +75,9 @@ def _row(job: Job, is_offered: bool) -> dict[str, Any]:
     }
 
 
-def _show(row: dict[str, Any]) -> None:
+def _show(row: dict[str, Any], is_past_end: bool) -> None:
     marks = [] if row["offered"] else ["not in variants.list: Ganeti does not offer it"]
-    if row["end_of_life"] and row["end_of_life"] < datetime.date.today().isoformat():
+    if is_past_end:
         marks.append(f"end of life since {row['end_of_life']}")
     common.show(f"{row['name']}: {row['description']}{''.join(f'  ({each})' for each in marks)}")
     common.show(f"  image      {row['image'] or '(from -O image=)'}")
@@ -128,8 +128,7 @@ def _there(job: Job, place: Location) -> str:
     if place.url is None:
         with locations.open_file(Path(str(place.path))) as file:
             return log.size(file.seek(0, 2))
-    options = locations.options(job.config)
-    size_bytes = locations.first(job.config, place.url, lambda url: fetch.size(url, options))
+    size_bytes = locations.size(place.url, job.config)
     if size_bytes is None:
         raise Error(f"{place}: does not answer, or without a length")
     return log.size(size_bytes)

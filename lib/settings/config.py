@@ -24,7 +24,7 @@ DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
 FILE_LIMIT_BYTES = 1 << 20
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_NO_PROXY = r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5}|/[0-9]{1,2})?"
+_NO_PROXY = re.compile(r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5}|/[0-9]{1,2})?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -80,10 +80,11 @@ def read_ini(
             )
             continue
         keys = sections[section]
-        for key in [] if keys is None else parser[section]:
-            if key not in (keys or ()):
-                hint = nearest(key, keys or ())
-                problems.append(f"{path}: unknown key {key} in [{section}]; {hint}")
+        if keys is None:
+            continue
+        for key in parser[section]:
+            if key not in keys:
+                problems.append(f"{path}: unknown key {key} in [{section}]; {nearest(key, keys)}")
     if problems:
         raise several(problems)
     return {name: dict(parser[name]) for name in parser.sections()}
@@ -171,11 +172,8 @@ def _proxy(value: str) -> Optional[str]:
 def _no_proxy(value: str) -> str:
     """Parse proxy exceptions: hosts, domains and their subdomains, IPv4 networks, or *."""
     words = [word for word in re.split(r"[\s,]+", value) if word]
-    for word in words:
-        if not re.fullmatch(
-            r"\*|[0-9A-Fa-f:]+|\.?[\w.-]+(:[0-9]{1,5}|/[0-9]{1,2})?", word, re.ASCII
-        ):
-            raise ValueError("hosts, .domains or networks such as 10.0.0.0/8, separated by commas")
+    if not all(map(_NO_PROXY.fullmatch, words)):
+        raise ValueError("hosts, .domains or networks such as 10.0.0.0/8, separated by commas")
     return ",".join(words)
 
 

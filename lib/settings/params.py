@@ -54,6 +54,11 @@ class Job:
     metad: bool
     os_package: Optional[Path]
 
+    @property
+    def is_past_end(self) -> bool:
+        """Whether the vendor's support of the variant's images has ended."""
+        return self.end_of_life is not None and self.end_of_life < datetime.date.today()
+
     def source(self) -> Location:
         """Return where the image is; Error if nothing names one."""
         if self.image is None:

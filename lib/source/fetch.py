@@ -15,7 +15,7 @@ from lib.errors import Error
 from lib.source import web
 from lib.source.web import Options, Unavailable
 
-__all__ = ["Options", "Response", "Unavailable", "download", "prepare", "probe", "read"]
+__all__ = ["Options", "Response", "Unavailable", "download", "prepare", "read", "size"]
 
 # What some servers call every stored .gz, whoever asks. The bytes are kept as they come, as curl
 # and wget do: the digest is over them, and the decoder sees what they are.
@@ -81,16 +81,12 @@ def prepare(options: Options) -> None:
         pass
 
 
-def probe(url: str, options: Options) -> None:
-    """Raise an Error if create would get a definite no; silence and trouble pass.
-
-    Asks for one byte with GET, because many servers refuse HEAD or answer it otherwise.
-    """
-    size(url, options)
-
-
 def size(url: str, options: Options) -> Optional[int]:
-    """Return the length of the body in bytes, None if nothing tells it; Error for a definite no."""
+    """Return the length of the body in bytes, None if nothing tells it.
+
+    Error if create would get a definite no; silence and trouble pass. Asks for one byte with GET,
+    because many servers refuse HEAD or answer it otherwise.
+    """
     quick = replace(
         options,
         connect_timeout_s=min(3.0, options.connect_timeout_s),

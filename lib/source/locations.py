@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Optional, TypeVar
 
 from lib import log
 from lib.errors import Error
@@ -75,6 +75,13 @@ def first(settings: Config, url: str, ask: Callable[[str], T]) -> T:
         except Error as error:
             log.warning(f"the mirror fails, trying {log.redact(origin)}: {error.message}")
     return ask(origin)
+
+
+def size(url: str, settings: Config) -> Optional[int]:
+    """Return the bytes at a URL, or its mirror; None if nothing tells; Error for a definite no."""
+    from lib.source import fetch
+
+    return first(settings, url, lambda place: fetch.size(place, options(settings)))
 
 
 def read(location: Location, settings: Config, limit_bytes: int) -> bytes:

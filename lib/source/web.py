@@ -77,7 +77,7 @@ class Unavailable(Error):
 
 
 class UnknownHost(Unavailable):
-    """The name does not exist: to a download a server that is down, to probe() a definite no."""
+    """The name does not exist: to a download a server that is down, to size() a definite no."""
 
 
 class Broken(Exception):
