@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import require
 from tests.images import MIB, disk_image
+from tests.root.conftest import Mount
 from tests.scripts.conftest import Door, seed_files
 from tests.scripts.test_killed import killed
 
 pytestmark = pytest.mark.root
 OLD = b"old " * (MIB // 4)
 SIZE = 48 * MIB  # of the disk; the image is smaller
-Mount = Callable[[str, int], Path]
 
 
 @pytest.fixture
 def door(tmp_path: Path) -> Door:
     require("qemu-img", "bwrap", "prlimit", "sfdisk", "mkfs.vfat", "mcopy", "strace")
     return Door(tmp_path)
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Return a function that mounts a fresh file system of a type and size in MiB."""
-    require("mount", "umount")
-    with ExitStack() as mounts:
-
-        def make(kind: str, mib: int) -> Path:
-            require(f"mkfs.{kind}")
-            image, point = tmp_path / kind, tmp_path / f"{kind}-mount"
-            image.touch()
-            os.truncate(image, mib * MIB)
-            point.mkdir()
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
-            subprocess.run(["mount", "--options", "loop", image, point], check=True)
-            mounts.callback(subprocess.run, ["umount", str(point)], check=True)
-            return point
-
-        yield make
 
 
 def fill(folder: Path, left_bytes: int = 0) -> None:
@@ -77,7 +55,7 @@ def assert_safe(disk: Path, image: Path) -> None:
 @pytest.mark.parametrize("call", ["fsync", "ioctl", "pwrite64", "fallocate"])
 def test_killed_on_xfs(door: Door, mount: Mount, call: str) -> None:
     require("filefrag")
-    folder = mount("xfs", 512)
+    folder = mount("xfs", 512 * MIB)
     image, disk = disk_image(folder / "image.raw"), folder / "disk"
     for number in range(1, 30):
         disk.write_bytes(OLD * (SIZE // MIB))
@@ -98,7 +76,7 @@ def test_killed_on_xfs(door: Door, mount: Mount, call: str) -> None:
 @pytest.mark.parametrize("left_kib", [0, 64, 512, 1100, 4096])
 def test_full(door: Door, mount: Mount, kind: str, mib: int, left_kib: int) -> None:
     """A clone takes no space, what follows it does; and so must not the wipe."""
-    folder = mount(kind, mib)
+    folder = mount(kind, mib * MIB)
     image, disk = disk_image(folder / "image.raw"), folder / "disk"
     other = disk_image(folder / "other.raw", seed=2)
     for first in (None, other):

@@ -17,11 +17,11 @@ from lib.disk import target as disk
 from lib.environment import Disk
 from lib.errors import Error
 from tests.conftest import require
+from tests.root.conftest import Mount
 
 pytestmark = pytest.mark.root
 MIB = disk.MIB
 OLD = b"\xff"
-Mount = Callable[[str, int], Path]
 
 
 @pytest.fixture
@@ -43,26 +43,6 @@ def old(tmp_path: Path) -> Path:
     """Make a file of 12 MiB full of old bytes."""
     (tmp_path / "backing").write_bytes(OLD * 12 * MIB)
     return tmp_path / "backing"
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Return a function that mounts a fresh file system of a type and size."""
-    require("mount", "umount")
-    with ExitStack() as mounts:
-
-        def make(kind: str, size_bytes: int) -> Path:
-            require(f"mkfs.{kind}")
-            image, point = tmp_path / kind, tmp_path / f"{kind}-mount"
-            image.touch()
-            os.truncate(image, size_bytes)
-            point.mkdir()
-            run.run([f"mkfs.{kind}", "-q", str(image)])
-            run.run(["mount", "--options", "loop", str(image), str(point)])
-            mounts.callback(run.run, ["umount", str(point)])
-            return point
-
-        yield make
 
 
 def image(path: Path) -> Path:

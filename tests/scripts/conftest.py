@@ -91,6 +91,22 @@ def impatient(command: str, seconds: float) -> list[Union[str, Path]]:
     return ["/usr/bin/python3", "-B", "-c", program]
 
 
+def begun_import(door: Door, uri: str, seconds: float, head: bytes) -> subprocess.Popen[bytes]:
+    """Start an import that waits only so long for storage, and feed it the dump's head."""
+    given = {"IMPORT_DISK_URI": uri, "IMPORT_INDEX": "0"}
+    child = subprocess.Popen(
+        [*door.wrapper, *impatient("restore", seconds)],
+        cwd=ROOT,
+        env=door.environment([], given),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    child.stdin.write(head)
+    child.stdin.flush()
+    return child
+
+
 class Door:
     """Calls one script with exactly the variables that Ganeti sets, and no other."""
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, require
+from tests.conftest import require
 from tests.images import MIB, convert, disk_image
-from tests.scripts.conftest import GAP, UUID, Door, Result, impatient, seed_files
+from tests.scripts.conftest import GAP, UUID, Door, Result, begun_import, impatient, seed_files
 
 OLD = b"\xff"
 Make = Callable[..., Path]
@@ -168,18 +168,8 @@ def test_import_to_storage_that_stalls(
     door: Door, image: Path, server: tuple[str, Path, int]
 ) -> None:
     address, target, pid = server
-    given = {"IMPORT_DISK_URI": address, "IMPORT_INDEX": "0"}
     dump = image.read_bytes()
-    child = subprocess.Popen(
-        impatient("restore", 2),
-        cwd=ROOT,
-        env=door.environment([], given),
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert child.stdin is not None
-    child.stdin.write(dump[: 6 * MIB])
-    child.stdin.flush()
+    child = begun_import(door, address, 2, dump[: 6 * MIB])
     while target.read_bytes()[4 * MIB : 5 * MIB] != dump[4 * MIB : 5 * MIB]:
         assert child.poll() is None
         time.sleep(0.05)
@@ -199,21 +189,12 @@ def test_a_signal_while_storage_stalls(
 ) -> None:
     """The request that was cut off is not taken for the wipe: that is a connection's first."""
     address, target, pid = server
-    given = {"IMPORT_DISK_URI": address, "IMPORT_INDEX": "0"}
-    child = subprocess.Popen(
-        impatient("restore", 20),
-        cwd=ROOT,
-        env=door.environment([], given),
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert child.stdin is not None
     dump = image.read_bytes()
-    child.stdin.write(dump[: 6 * MIB])
-    child.stdin.flush()
+    child = begun_import(door, address, 20, dump[: 6 * MIB])
     while target.read_bytes()[4 * MIB : 5 * MIB] != dump[4 * MIB : 5 * MIB]:
         time.sleep(0.05)
     os.kill(pid, signal.SIGSTOP)
+    assert child.stdin is not None
     child.stdin.write(dump[6 * MIB : 8 * MIB])
     child.stdin.flush()
     time.sleep(1)

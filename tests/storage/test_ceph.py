@@ -13,7 +13,7 @@ import pytest
 from tests import httpd
 from tests.conftest import ROOT
 from tests.images import MIB, convert, disk_image
-from tests.scripts.conftest import UUID, Door, Result, impatient, seed_files
+from tests.scripts.conftest import UUID, Door, Result, begun_import, impatient, seed_files
 from tests.storage.ceph import Ceph
 
 pytestmark = pytest.mark.storage
@@ -131,18 +131,8 @@ def test_an_osd_that_stops(
 ) -> None:
     name = volume()
     uri = f"rbd:{name}"
-    given = {"IMPORT_DISK_URI": uri, "IMPORT_INDEX": "0"}
-    child = subprocess.Popen(
-        [*door.wrapper, *impatient("restore", 5)],
-        cwd=ROOT,
-        env=door.environment([], given),
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert child.stdin is not None
     dump = image.read_bytes()
-    child.stdin.write(dump[: 8 * MIB])
-    child.stdin.flush()
+    child = begun_import(door, uri, 5, dump[: 8 * MIB])
     while any(read(ceph, name, tmp_path / "disk")[:MIB]):  # wiped before anything is written
         assert child.poll() is None
     with ceph.stopped_osd():
