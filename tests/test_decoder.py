@@ -151,9 +151,7 @@ def test_cut_and_compressed(tmp_path: Path, disk: Path, kind: str) -> None:
     data = packed(disk.read_bytes(), TOOLS[kind], "-1c")
     for cut in (20, len(data) // 2, len(data) - 600):
         said = refusal(tmp_path, data[:-cut])
-        assert said.startswith(
-            f"unpacking {kind}: it is cut short or damaged ({TOOLS[kind]} failed"
-        )
+        assert said.startswith(f"unpacking {kind}: it is cut short or damaged")
         assert said.endswith("; fetch it again")
     assert refusal(tmp_path, data + b"garbage\n").endswith(
         ("; pack it again", "; fetch it again", "; see whether it is damaged")

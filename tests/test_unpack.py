@@ -121,7 +121,7 @@ def test_memory_is_constant(tmp_path: Path) -> None:
         (tmp_path / "packed").write_bytes(packed)
         with (tmp_path / "packed").open("rb") as source, (tmp_path / "out").open("w+b") as output:
             unpack.unpack(whole(source), output, LIMIT)
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
     finally:
         tracemalloc.stop()
     assert (tmp_path / "out").stat().st_size == LIMIT
@@ -166,19 +166,19 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "flipped-gz": (
         lambda: pack(DISK, "gzip", "-c")[:-8] + bytes(8),
-        "unpacking gz: it is damaged (gzip failed with status 1)",
+        "unpacking gz: it is damaged; fetch it again",
     ),
     **{
         f"truncated-{kind}": (
             lambda tool=tool: pack(DISK, tool, "-c")[:-20],  # type: ignore[misc]
-            f"unpacking {kind}: it is cut short or damaged ({tool} failed",
+            f"unpacking {kind}: it is cut short or damaged",
         )
         for kind, tool in TOOLS.items()
     },
     **{
         f"garbage-{kind}": (
             lambda tool=tool: pack(DISK, tool, "-c") + b"garbage\n",  # type: ignore[misc]
-            f"unpacking {kind}: ",
+            f"unpacking {kind}: {'there is data behind its end; ' if kind == 'gz' else ''}",
         )
         for kind, tool in TOOLS.items()
     },

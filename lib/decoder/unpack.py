@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
-from typing import BinaryIO, Optional
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Optional, cast
 
 from lib import log
 from lib.compression import HEAD_BYTES, decompressed, detect
@@ -29,7 +33,7 @@ def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> None:
     """
     kind = detect(source.read(0, HEAD_BYTES))
     packing = None if kind == "tar" else kind
-    with source.stream() as packed, decompressed(packed, packing, sandbox=None) as stream:
+    with source.stream() as packed, _plain(packed, packing) as stream:
         head = stream.read(HEAD_BYTES)
         if detect(head) == "tar":
             size_bytes = _unpack_archive(stream, head, output, limit_bytes)
@@ -43,6 +47,33 @@ def unpack(source: Source, output: BinaryIO, limit_bytes: int) -> None:
     if inner is not None:
         raise Error(f"the image is packed twice: there is {inner} in it", "unpack it once")
     output.seek(0)
+
+
+@contextmanager
+def _plain(packed: BinaryIO, kind: Optional[str]) -> Iterator[BinaryIO]:
+    """Hand out what decompressed() does, here in the sandbox.
+
+    gz by Python's library: zlib takes two thirds of the time of gzip's own code (2 GiB with
+    zeroes: 5.7 s instead of 8.1).
+    """
+    if kind != "gz":
+        with decompressed(packed, kind, sandbox=None) as stream:
+            yield stream
+        return
+    if packed.seekable():
+        packed.seek(0)
+    try:
+        # what GzipFile reads may not come in pieces as small as a pipe's
+        with gzip.GzipFile(fileobj=io.BufferedReader(cast(io.RawIOBase, packed))) as stream:
+            yield cast(BinaryIO, stream)
+            if stream.read(1):
+                raise Error("there is data behind the end of the image")
+    except EOFError as error:
+        raise Error("unpacking gz: it is cut short or damaged", "fetch it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        if "Not a gzipped file" in str(error):
+            raise Error("unpacking gz: there is data behind its end", "pack it again") from error
+        raise Error("unpacking gz: it is damaged", "fetch it again") from error
 
 
 def _too_large(limit_bytes: int) -> Error:
