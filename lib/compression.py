@@ -12,6 +12,7 @@ from typing import IO, BinaryIO, Optional, Union, cast
 
 from lib import log, run
 from lib.errors import Error
+from lib.sandbox import Limits, Sandbox
 
 HEAD_BYTES = 512
 _SIGNATURES = {
@@ -32,9 +33,7 @@ _TOOLS = {
     "lz4": ("lz4", "--quiet"),
 }
 # What bounds a tool is the count of the bytes that come out; a slow import may take its time
-SANDBOX = run.Sandbox(
-    limits=run.Limits(address_space_bytes=1 << 30, cpu_s=24 * 3600, wall_s=24 * 3600)
-)
+SANDBOX = Sandbox(limits=Limits(address_space_bytes=1 << 30, cpu_s=24 * 3600, wall_s=24 * 3600))
 # The tools' words, and what they mean to who has such a file
 _REASONS = (
     (
@@ -73,7 +72,7 @@ def decompressed(
     source: BinaryIO,
     kind: Optional[str],
     head: bytes = b"",
-    sandbox: Optional[run.Sandbox] = SANDBOX,
+    sandbox: Optional[Sandbox] = SANDBOX,
 ) -> Iterator[BinaryIO]:
     """Hand out what `source` holds, decompressed in a sandbox; kind None: as it is.
 

@@ -1,4 +1,4 @@
-"""Start other programs: the only module that imports subprocess, and the sandbox they run in."""
+"""Start other programs, in the sandbox or out of it: the only module that imports subprocess."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Optional, Union
 
 from lib import log
 from lib.errors import Error
+from lib.sandbox import Sandbox, enclosed
 
 STDOUT = subprocess.STDOUT  # for callers, who do not import subprocess
 Process = subprocess.Popen
@@ -26,11 +25,6 @@ DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"LC_ALL": "C", "MALLOC_ARENA_MAX": "3"}
 OUTPUT_LIMIT_BYTES = 64 << 20
 REPLAY_LINES, REPLAY_WIDTH = 10, 200
-
-# A user and group that own nothing and run nothing else: no distribution hands out this number
-# (systemd's UIDS-GIDS keeps 65520 to 65533 unused, Debian's policy 9.2.2 reserves it), and it is
-# not nobody, whom NFS servers and daemons use.
-SANDBOX_ID = 65531
 
 # Debian's package, and EL's where its name is another
 PACKAGES = {
@@ -63,33 +57,6 @@ class Failed(Error):
         self.words = words
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a sandboxed program may use; prlimit(1) sets all but the wall clock."""
-
-    address_space_bytes: int = 2 << 30
-    cpu_s: int = 60
-    file_size_bytes: int = 64 << 20
-    open_files: int = 64
-    processes: int = 256  # with threads, of all our sandboxes on the node
-    wall_s: float = 120.0
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """What a sandboxed program sees beside a read-only /usr: names inside -> files of the node.
-
-    A file is a path, or an open descriptor: then it is that very file that is bound, whatever its
-    name stands for by now. No network, no capabilities, no /proc, nothing to write but `write`,
-    and no right but that of a user who owns nothing: so what is read must be readable by all (in a
-    folder that is not), and what is written belongs to that user while the program runs.
-    """
-
-    read: Mapping[str, Union[Path, int]] = field(default_factory=dict)
-    write: Mapping[str, Union[Path, int]] = field(default_factory=dict)
-    limits: Limits = Limits()
-
-
 def require(*tools: str) -> None:
     """Raise an Error that names the package unless every tool is installed."""
     missing = [tool for tool in tools if _which(tool) is None]
@@ -107,65 +74,6 @@ def _resolve(tool: str) -> str:
     path = _which(tool)
     assert path is not None  # require() has just found it
     return os.path.abspath(path)
-
-
-def _sandboxed(
-    argv: Sequence[str], sandbox: Sandbox, stack: ExitStack
-) -> tuple[list[str], list[int]]:
-    """Return the argv that runs `argv` in the sandbox, and the descriptors that it needs.
-
-    Root needs no user namespace, which some nodes forbid: its program changes to a user of the
-    node before it starts. Nothing here is newer than bubblewrap 0.4.1.
-    """
-    limits, is_root = sandbox.limits, os.geteuid() == 0
-    command = [
-        _resolve("prlimit"),
-        f"--as={limits.address_space_bytes}",
-        f"--cpu={limits.cpu_s}",
-        f"--fsize={limits.file_size_bytes}",
-        f"--nofile={limits.open_files}",
-        "--core=0",
-        *([f"--nproc={limits.processes}"] if is_root else []),
-        "--",
-        _resolve("bwrap"),
-        *("--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts"),
-        "--unshare-cgroup-try",
-        *([] if is_root else ["--unshare-user", "--uid", "65534", "--gid", "65534"]),
-        "--die-with-parent",
-        "--new-session",
-        *("--cap-drop", "ALL"),
-        *(("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID") if is_root else ()),
-        *("--ro-bind", "/usr", "/usr"),
-    ]
-    for name in ("bin", "sbin", "lib", "lib64"):
-        if os.path.islink(f"/{name}"):
-            command += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
-        elif os.path.isdir(f"/{name}"):
-            command += ["--ro-bind", f"/{name}", f"/{name}"]
-    command += ["--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    descriptors = []
-    for option, files in (("--ro-bind", sandbox.read), ("--bind", sandbox.write)):
-        for inside, outside in files.items():
-            # the program inherits these: they name a file, and open it for nobody
-            name = f"/proc/self/fd/{outside}" if isinstance(outside, int) else os.fspath(outside)
-            bound = os.open(name, os.O_PATH | os.O_CLOEXEC)
-            stack.callback(os.close, bound)
-            descriptors.append(bound)
-            command += [option, f"/proc/self/fd/{bound}", inside]
-            if is_root and option == "--bind":
-                _lend(f"/proc/self/fd/{bound}", stack)
-    if is_root:
-        # not setpriv: the libcap-ng of Debian 11 and Ubuntu 22.04 wants a /proc
-        user = (f"--setgid={SANDBOX_ID}", f"--setuid={SANDBOX_ID}")  # and no other groups
-        command += [_resolve("unshare"), *user, "--"]
-    return [*command, *argv], descriptors
-
-
-def _lend(name: str, stack: ExitStack) -> None:
-    """Give a file to the sandbox's user until the stack is left."""
-    status = os.stat(name)
-    os.chown(name, SANDBOX_ID, SANDBOX_ID)
-    stack.callback(os.chown, name, status.st_uid, status.st_gid)
 
 
 @contextmanager
@@ -192,7 +100,7 @@ def process(
     with ExitStack() as stack:
         if sandbox is not None:
             environment = {**ENVIRONMENT, "PATH": DEFAULT_PATH}
-            command, bound = _sandboxed(command, sandbox, stack)
+            command, bound = enclosed(command, sandbox, stack, _resolve)
             passed += bound
         log.debug(shlex.join(command))
         child = subprocess.Popen(

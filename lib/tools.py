@@ -7,6 +7,7 @@ from typing import Optional
 
 from lib import run
 from lib.errors import Error
+from lib.sandbox import Sandbox
 
 # the oldest that were tried, those of Debian 11; None: any
 NEEDED: dict[str, Optional[tuple[int, ...]]] = {
@@ -61,7 +62,7 @@ def problem(tool: str) -> Optional[str]:
 def try_sandbox() -> None:
     """Start a program in the sandbox; Error with the way out if this node forbids it."""
     try:
-        run.run(["true"], sandbox=run.Sandbox(), timeout_s=_TRIAL_S)
+        run.run(["true"], sandbox=Sandbox(), timeout_s=_TRIAL_S)
     except run.Failed as error:
         words = error.words.strip().splitlines()
         raise Error(

@@ -10,6 +10,7 @@ import pytest
 
 from lib import run
 from lib.errors import Error
+from lib.sandbox import Sandbox
 from tests import corpus
 from tests.conftest import ROOT, require
 from tests.decoding import decoded
@@ -85,7 +86,7 @@ def test_sandbox_alone_leaks_nothing(item: corpus.Item, tmp_path: Path) -> None:
     )
     (tmp_path / "decoded").mkdir()
     (tmp_path / "decoded/output").touch()
-    sandbox = run.Sandbox({"/tmp/lib": ROOT / "lib"}, {"/output": tmp_path / "decoded/output"})
+    sandbox = Sandbox({"/tmp/lib": ROOT / "lib"}, {"/output": tmp_path / "decoded/output"})
     with (tmp_path / "image").open("rb") as file, pytest.raises(Error):
         run.run(["python3", "-I", "-c", program], stdin=file, sandbox=sandbox)
     assert_no_leak(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 
 from lib import run
 from lib.errors import Error
-from lib.run import Limits, Sandbox
+from lib.sandbox import SANDBOX_ID, Limits, Sandbox
 from tests.conftest import require
 
 
@@ -96,7 +96,7 @@ def test_sandbox_sees_nothing_of_the_node(tmp_path: Path) -> None:
     assert set(seen.split("\n\n")[0].split()) - {"/:"} <= {
         *("bin", "dev", "lib", "lib32", "lib64", "libx32", "sbin", "tmp", "usr")
     }
-    assert f"uid={run.SANDBOX_ID if os.geteuid() == 0 else 65534}" in seen
+    assert f"uid={SANDBOX_ID if os.geteuid() == 0 else 65534}" in seen
     assert "OSP_" not in seen
     assert "HOME" not in seen
 
@@ -107,7 +107,7 @@ def test_sandbox_has_no_privileges() -> None:
     assert [status[name] for name in ("CapPrm", "CapEff", "CapAmb")] == [["0" * 16]] * 3
     assert status["NoNewPrivs"] == ["1"]
     if os.geteuid() == 0:
-        assert set(status["Uid"] + status["Gid"]) == {str(run.SANDBOX_ID)}
+        assert set(status["Uid"] + status["Gid"]) == {str(SANDBOX_ID)}
         assert status["Groups"] == []
 
 
@@ -176,8 +176,8 @@ def test_sandbox_needs_bubblewrap(
 def test_sandbox_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from lib import run\n"
-        f"box = run.Sandbox(write={{'/out': {str(tmp_path)!r}}})\n"
+        "from lib import run\nfrom lib.sandbox import Sandbox\n"
+        f"box = Sandbox(write={{'/out': {str(tmp_path)!r}}})\n"
         "run.run(['sh', '-c', 'touch /out/up; sleep 7654'], sandbox=box)"
     )
     parent = subprocess.Popen(["/usr/bin/python3", "-c", script])

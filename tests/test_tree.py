@@ -15,15 +15,16 @@ from lib.settings import params
 from tests.conftest import ROOT
 
 DOORS = ("create", "export", "import", "rename", "verify")
-GROUND = {"errors", "log", "run", "environment", "compression"}
+GROUND = {"errors", "log", "run", "sandbox", "environment", "compression"}
 # who may import what: everything else is an arrow too many. A room is the name of its folder.
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "log": {"errors"},
     "environment": {"errors"},
-    "run": {"errors", "log"},
-    "compression": {"errors", "log", "run"},
+    "sandbox": {"errors", "log"},
+    "run": {"errors", "log", "sandbox"},
+    "compression": {"errors", "log", "run", "sandbox"},
     "settings": GROUND,
     "decoder": GROUND,
     "source": GROUND | {"settings"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "entry": {"errors", "log", "environment"},
     "commands": GROUND | {"settings", "source", "disk", "guest", "hooks", "tools"},
     "verify": GROUND | {"settings", "source", "guest", "hooks", "tools"},
-    "tools": {"errors", "run"},
+    "tools": {"errors", "run", "sandbox"},
     "admin": GROUND
     | {"entry", "commands", "settings", "source", "disk", "guest", "hooks", "tools"},
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import hooks, log, tools
+from lib import hooks, log, sandbox, tools
 from lib.admin import common, variants
 from lib.disk.local import BLOCK_BYTES, Local
 from lib.errors import Error, describe
@@ -67,7 +67,8 @@ def _programs() -> Iterator[Row]:
     except importlib.metadata.PackageNotFoundError:
         yield Row("error", "requests: not installed; install the package python3-requests")
     tools.try_sandbox()
-    yield Row("ok", "the sandbox starts")
+    bound = "all that it runs" if sandbox.has_groups() else "each process: no cgroups v2 here"
+    yield Row("ok", f"the sandbox starts; its memory is bounded for {bound}")
 
 
 def _configuration() -> Iterator[Row]:

@@ -30,6 +30,7 @@ from lib.disk.partition_table import (
     write_header,
 )
 from lib.errors import Error, context
+from lib.sandbox import Limits, Sandbox
 
 Read = Callable[[int, int], bytes]  # offset and length in bytes
 
@@ -328,9 +329,9 @@ def _sfdisk(stand_in: int, *options: str, script: str = "") -> str:
     return run.run(
         ["sfdisk", *options, "/disk"],
         input=script.encode(),
-        sandbox=run.Sandbox(
+        sandbox=Sandbox(
             write={"/disk": stand_in},
-            limits=run.Limits(file_size_bytes=size, cpu_s=10, wall_s=30),
+            limits=Limits(file_size_bytes=size, cpu_s=10, wall_s=30),
         ),
     )
 

@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 from lib import log, run
 from lib.errors import Error
+from lib.sandbox import Limits, Sandbox
 
 FILES = ("meta-data", "user-data", "vendor-data", "network-config")
 LABEL = "cidata"  # lower case: the one spelling that every reader takes
@@ -27,7 +28,7 @@ MAX_META_DATA_BYTES = 256 << 10
 MAX_FILES = 64
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
-_LIMITS = run.Limits(address_space_bytes=256 << 20, cpu_s=5, wall_s=10.0)
+_LIMITS = Limits(address_space_bytes=256 << 20, cpu_s=5, wall_s=10.0)
 
 # FreeBSD's nuageinit breaks on a network-config without "ethernets", cloudbase-init on one without
 # a version.
@@ -208,7 +209,7 @@ def volume(directory: Path, size_bytes: int, output: Path) -> None:
         path.chmod(0o644)  # for mcopy in the sandbox; the folder is private
     # in the sandbox no mtools.conf of the node and no MTOOLS_ variable can change what is written
     inside = {f"/tmp/{name}": path for name, path in files.items()}
-    sandbox = run.Sandbox(read=inside, write={"/volume": output}, limits=_LIMITS)
+    sandbox = Sandbox(read=inside, write={"/volume": output}, limits=_LIMITS)
     run.run(["mcopy", "-m", "-i", "/volume", *inside, "::/"], sandbox=sandbox)
 
 
@@ -254,7 +255,7 @@ def read_volume(volume: Path) -> dict[str, bytes]:
     """
     run.require("bwrap", "mcopy", "mdir")
     volume.chmod(0o644)  # for the sandbox; its folder is private
-    sandbox = run.Sandbox(read={"/volume": volume}, limits=_LIMITS)
+    sandbox = Sandbox(read={"/volume": volume}, limits=_LIMITS)
     files: dict[str, bytes] = {}
     room = MAX_VOLUME_BYTES
     try:
@@ -276,7 +277,7 @@ def read_volume(volume: Path) -> dict[str, bytes]:
     return files
 
 
-def _read_file(sandbox: run.Sandbox, name: str, limit_bytes: int) -> bytes:
+def _read_file(sandbox: Sandbox, name: str, limit_bytes: int) -> bytes:
     with run.reader(["mcopy", "-i", "/volume", f"::/{name}", "-"], sandbox=sandbox) as output:
         text = output.read(limit_bytes + 1)
         if len(text) > limit_bytes:

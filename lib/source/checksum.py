@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from lib import run
 from lib.errors import Error, describe
+from lib.sandbox import Limits, Sandbox
 from lib.settings.config import require_trusted
 
 Digest = tuple[str, str]  # ("sha256" or "sha512", lower-case hex)
@@ -28,7 +29,7 @@ _LIST_SUFFIX = re.compile(r"\.(sha256|sha512)(sum|sums)?(\.txt)?", re.IGNORECASE
 _GNU = re.compile(rb"([0-9A-Fa-f]+)(?: [ *]?(.+))?")  # without a name: a bare hash
 
 # gpgv hashes an image of any size: minutes are in order
-_LIMITS = run.Limits(address_space_bytes=1 << 30, cpu_s=3600, wall_s=3600)
+_LIMITS = Limits(address_space_bytes=1 << 30, cpu_s=3600, wall_s=3600)
 
 # Status words of gpgv (GnuPG's doc/DETAILS) that refuse a document, whatever else is signed well
 _REFUSALS = {
@@ -168,7 +169,7 @@ def _verify(data: Union[bytes, int], signature: Optional[bytes], keyring: Path) 
             ],
             input=b"" if isinstance(data, int) else data,
             stdin=data if isinstance(data, int) else None,
-            sandbox=run.Sandbox(read=paths, write={"/payload": payload}, limits=_LIMITS),
+            sandbox=Sandbox(read=paths, write={"/payload": payload}, limits=_LIMITS),
             accept=(0, 1, 2),
         )
         _judge(status, keyring)

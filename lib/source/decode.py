@@ -16,6 +16,7 @@ from typing import BinaryIO, Optional
 
 from lib import log, run
 from lib.errors import Error
+from lib.sandbox import Limits, Sandbox
 
 LIB = Path(__file__).resolve().parent.parent
 PROGRAM = "/tmp/lib/decoder/__main__.py"
@@ -117,7 +118,7 @@ def started(
         numbers = (limit_bytes, size_bytes, -1 if total_bytes is None else told.fileno())
         argv = ["/usr/bin/python3", "-I", "-S", "-B", PROGRAM, declared, *map(str, numbers)]
         write = {f"/{name}": work / name for name in _FILES}
-        sandbox = run.Sandbox({"/tmp/lib": _library(work)}, write, limits)
+        sandbox = Sandbox({"/tmp/lib": _library(work)}, write, limits)
         child = stack.enter_context(
             run.process(
                 argv, stdin=source, stderr=words, sandbox=sandbox, descriptors=[told.fileno()]
@@ -143,7 +144,7 @@ def _library(work: Path) -> Path:
     return copy
 
 
-def _limits(limit_bytes: int, size_bytes: int) -> run.Limits:
+def _limits(limit_bytes: int, size_bytes: int) -> Limits:
     """Bound the work by what there may be of it.
 
     Address space of each process: twice what qemu-img was seen to take (455 MiB: a stack for each
@@ -151,7 +152,7 @@ def _limits(limit_bytes: int, size_bytes: int) -> run.Limits:
     when all of the image is there: a slow disk.
     """
     work = limit_bytes + size_bytes
-    return run.Limits(
+    return Limits(
         address_space_bytes=1 << 30,
         cpu_s=60 + work // (32 << 20),
         file_size_bytes=limit_bytes,

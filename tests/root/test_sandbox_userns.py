@@ -14,9 +14,10 @@ pytestmark = pytest.mark.root
 SCRIPT = """
 import sys; sys.path.insert(0, sys.argv[1])
 from lib import run
+from lib.sandbox import Sandbox
 with open("/proc/sys/user/max_user_namespaces", "w") as file:
     file.write("0")
-box = run.Sandbox()
+box = Sandbox()
 print(run.run(["sh", "-c", "id -u; unshare -U true || echo none"], sandbox=box), end="")
 """
 
