@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from lib import compression, environment, hooks, log, run, tools
+from lib import compression, environment, hooks, log, run, tools, workspace
 from lib.disk import partition, transfer
 from lib.disk import target as disk
 from lib.environment import Environment
@@ -25,7 +20,6 @@ from lib.settings.values import Document
 from lib.source import locations, obtain
 
 SEED_DISK = "cidata"
-WORK_PREFIX, STALE_S = "cloudimage-", 60.0
 METAD_URL = "http://169.254.169.254/ganeti/latest"
 
 
@@ -44,7 +38,7 @@ def create(env: Environment) -> None:
     hooks.warn(params.config_directory(env))
     _warn_end_of_life(job)
     log.step(f"create: {job.source()} for {name} on {first.label}")
-    with workspace() as work:
+    with workspace.folder() as work:
         texts = work / "seed"
         texts.mkdir()
         if job.seed != "none":
@@ -107,39 +101,6 @@ def _seed_disk(env: Environment, job: Job) -> Optional[environment.Disk]:
             f"add one with --disk 1:size=4m,name={SEED_DISK}",
         )
     return found
-
-
-@contextmanager
-def workspace() -> Iterator[Path]:
-    """Make a private folder for the seed, in memory where the node has /run: seeds hold secrets."""
-    memory = "/run" if os.access("/run", os.W_OK) else None
-    if memory is not None:
-        _sweep(Path(memory))
-    with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=memory) as folder:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield Path(folder)
-        finally:
-            os.close(descriptor)
-
-
-def _sweep(memory: Path) -> None:
-    """Remove the folders that killed runs left: those that nobody has locked for a minute."""
-    for folder in memory.glob(f"{WORK_PREFIX}*"):
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue  # gone meanwhile, or not ours
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            status = os.fstat(descriptor)
-            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > STALE_S:
-                shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(descriptor)
 
 
 def seed_texts(env: Environment, job: Job) -> dict[str, bytes]:
@@ -275,7 +236,7 @@ def rename(env: Environment) -> None:
         log.warning(f"{name}: its disks hold no seed, so the guest keeps its name and addresses")
         return
     text = network_config(env, job)
-    with workspace() as work, disk.hold(place.target), disk.claim(place.target):
+    with workspace.folder() as work, disk.hold(place.target), disk.claim(place.target):
         texts = work / "seed"
         texts.mkdir()
         try:

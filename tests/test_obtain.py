@@ -401,6 +401,24 @@ def test_a_decoded_image_is_kept_until_the_file_changes(
     assert raw.exists()
 
 
+def test_what_others_can_change_is_copied_first(
+    node: Node, images: tuple[Path, Path], tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    for number in (0, 1):
+        image.write_bytes(convert(images[number], "qcow2").read_bytes())
+        image.chmod(0o666)
+        os.utime(image, (1, 1))  # they can do that too
+        for _time in range(2):
+            assert node.image(image) == images[number].read_bytes()
+        assert len(node.notes()) == number + 1
+    assert not list(node.cache.glob("cloudimage-*"))
+    prune_all(node)
+    node.cache.rmdir()
+    node.cache.touch()  # of no use
+    assert node.image(image) == images[1].read_bytes()
+
+
 def test_a_local_image_is_checked_at_every_use(node: Node, images: tuple[Path, Path]) -> None:
     checksum = f"sha256:{hashlib.sha256(images[0].read_bytes()).hexdigest()}"
     assert node.image(images[0], checksum=checksum) == images[0].read_bytes()

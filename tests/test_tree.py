@@ -15,7 +15,7 @@ from lib.settings import params
 from tests.conftest import ROOT
 
 DOORS = ("create", "export", "import", "rename", "verify")
-GROUND = {"errors", "log", "run", "sandbox", "environment", "compression"}
+GROUND = {"errors", "log", "run", "sandbox", "environment", "compression", "workspace"}
 # who may import what: everything else is an arrow too many. A room is the name of its folder.
 ALLOWED = {
     "__init__": set(),
@@ -23,6 +23,7 @@ ALLOWED = {
     "log": {"errors"},
     "environment": {"errors"},
     "sandbox": {"errors", "log"},
+    "workspace": set(),
     "run": {"errors", "log", "sandbox"},
     "compression": {"errors", "log", "run", "sandbox"},
     "settings": GROUND,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import commands, log
+from lib import commands, log, workspace
 from lib.admin import common, ganeti
 from lib.admin.ganeti import Instance
 from lib.environment import Disk
@@ -109,7 +109,7 @@ def read(disks: Sequence[Path]) -> Found:
             f"{', '.join(map(str, disks))}: holds no seed",
             "cloudimage writes one at create and reinstall, unless seed=none",
         )
-    with commands.workspace() as work:
+    with workspace.folder() as work:
         where = f"{place.target.label} at {place.offset_bytes}, {log.size(place.size_bytes)}"
         return Found(where, commands.read_seed(place, work))
 

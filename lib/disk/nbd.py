@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Optional
 
-from lib import log, run
+from lib import log, run, workspace
 from lib.errors import Error
 
 CONNECT_TIMEOUT_S = 60.0  # a Ceph cluster may take its time
@@ -139,9 +138,7 @@ def _hint(words: str) -> Optional[str]:
 def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
     """Open the raw disk that qemu finds under `uri`; on leaving, what was written is flushed."""
     with ExitStack() as stack:
-        path = os.path.join(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="cloudimage-")), "nbd"
-        )
+        path = os.fspath(stack.enter_context(workspace.folder()) / "nbd")
         command = ["qemu-nbd", "--format=raw", "--cache=writeback", "--discard=unmap"]
         command += [f"--socket={path}", *([] if writable else ["--read-only"]), "--", uri]
         # a file, for nobody reads meanwhile: librados fills a pipe with its complaints

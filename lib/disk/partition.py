@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
-from lib import log, run
+from lib import log, run, workspace
 from lib.disk.partition_table import (
     HEAD_SECTORS,
     MBR_LIMIT,
@@ -314,8 +312,8 @@ def _spread(table: Table, disk_sectors: int, place: Optional[Extent]) -> Optiona
 @contextmanager
 def _stand_in(head: bytes, sectors: int) -> Iterator[int]:
     """Open a sparse file with this head; by name, as bubblewrap binds no file without one."""
-    with tempfile.TemporaryDirectory(prefix="cloudimage-") as directory:
-        descriptor = os.open(Path(directory, "disk"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with workspace.folder() as work:
+        descriptor = os.open(work / "disk", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.pwrite(descriptor, head, 0)
             os.truncate(descriptor, sectors * SECTOR)

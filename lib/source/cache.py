@@ -31,14 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Callable, Optional
 
-from lib import log
+from lib import log, workspace
 from lib.errors import Error, context, describe
 
 # Raise this when the checks of downloads or images get stronger: what was let in by the weaker
 # ones must not be used again.
 CHECKS_VERSION = 2
 
-FALLBACK = "/var/tmp"
+FALLBACK = Path("/var/tmp")
 SAFE = "let nobody but root write there, or change dir in [cache] of cloudimage.conf"
 NOTE_LIMIT_BYTES = 1 << 20
 
@@ -135,8 +135,8 @@ class Cache:
     def workspace(self) -> Iterator[Path]:
         """Make a private folder where the images are, for the block only."""
         self._make_directory()
-        with tempfile.TemporaryDirectory(prefix="tmp.", dir=self.directory) as folder:
-            yield Path(folder)
+        with workspace.folder(self.directory) as work:
+            yield work
 
     def entries(self) -> list[Stored]:
         """List what is cached, the least recently used first; Error if the directory is unsafe."""
@@ -149,7 +149,9 @@ class Cache:
 
         Returns the removed entries. Error if the directory is unsafe.
         """
-        for name, files in self._names().items():
+        names = self._names()
+        workspace.sweep(self.directory)
+        for name, files in names.items():
             if files - _files(self._look(name)):
                 with self._locked(name, wait=False) as locked:
                     if locked:
@@ -365,8 +367,7 @@ def _is_named(file: IO[bytes], path: Path) -> bool:
 
 def _uncached(refresh: Refresh) -> tuple[BinaryIO, Note]:
     """Make the image in a temporary directory; it has no name any more when this returns."""
-    with tempfile.TemporaryDirectory(prefix="ganeti-instance-cloudimage.", dir=FALLBACK) as made_in:
-        work = Path(made_in)
+    with workspace.folder(FALLBACK) as work:
         with _no_space_explained(work.parent, work):
             made = refresh(None, work)
         assert made is not None  # refresh() keeps only what there is

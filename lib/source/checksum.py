@@ -8,13 +8,12 @@ import difflib
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Optional, Union
 from urllib.parse import unquote
 
-from lib import run
+from lib import run, workspace
 from lib.errors import Error, describe
 from lib.sandbox import Limits, Sandbox
 from lib.settings.config import require_trusted
@@ -153,8 +152,8 @@ def verify_detached(data: Union[bytes, int], signature: bytes, keyring: Path) ->
 def _verify(data: Union[bytes, int], signature: Optional[bytes], keyring: Path) -> bytes:
     """Let gpgv check the data, in itself or by the signature; return what it wrote out."""
     files = {"keyring": _keys(keyring), "signature": signature or b"", "payload": b""}
-    with tempfile.TemporaryDirectory() as name:
-        paths = {f"/{key}": Path(name, key) for key in files}
+    with workspace.folder() as work:
+        paths = {f"/{key}": work / key for key in files}
         for path in paths.values():
             path.write_bytes(files[path.name])
             path.chmod(0o644)  # for the sandbox; the folder is private

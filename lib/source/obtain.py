@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-from lib import log, run
-from lib.errors import context
+from lib import log, run, workspace
+from lib.errors import Error, context
 from lib.settings import url
 from lib.settings.config import Config
 from lib.settings.params import Job
@@ -62,10 +62,11 @@ def raw_image(job: Job, room_bytes: Optional[int] = None) -> Iterator[Raw]:
             key, refresh = _remote_key(job), partial(_refresh, job, room_bytes)
         else:
             file = stack.enter_context(locations.open_image(job, source.path))
-            if not _is_roots(file):
+            is_roots = _is_roots(file)
+            if not is_roots:
                 file = stack.enter_context(_private_copy(job, file))
             _check_local(job, file)
-            key, refresh = _local_key(job, file), partial(_refresh_local, job, file)
+            key, refresh = _local_key(job, file, is_roots), partial(_refresh_local, job, file)
         try:
             entry = stack.enter_context(store(job.config).entry(key, refresh))
         except _RawAlready as raw:
@@ -80,7 +81,7 @@ def cached(job: Job) -> Optional[cache.Stored]:
     if source.path is None:
         return store(job.config).peek(_remote_key(job))
     with locations.open_image(job, source.path) as file:
-        return store(job.config).peek(_local_key(job, file))
+        return store(job.config).peek(_local_key(job, file, _is_roots(file)))
 
 
 # --- what is expected ------------------------------------------------------------------------
@@ -242,10 +243,14 @@ def _check_local(job: Job, file: BinaryIO) -> None:
     _check_signature(job, file)
 
 
-def _local_key(job: Job, file: BinaryIO) -> str:
-    status = os.fstat(file.fileno())
+def _local_key(job: Job, file: BinaryIO, is_roots: bool) -> str:
+    """Return what the entry is known by: what others can change, by its content."""
     identity: dict[str, Any] = {"path": str(job.source().path), "format": job.format}
-    identity |= {"size": status.st_size, "mtime": status.st_mtime_ns, "inode": status.st_ino}
+    if is_roots:
+        status = os.fstat(file.fileno())
+        identity |= {"size": status.st_size, "mtime": status.st_mtime_ns, "inode": status.st_ino}
+    else:
+        identity["sha256"] = checksum.digest(file, "sha256")
     return json.dumps(identity, sort_keys=True)
 
 
@@ -273,7 +278,10 @@ def _is_roots(file: BinaryIO) -> bool:
 def _private_copy(job: Job, file: BinaryIO) -> Iterator[BinaryIO]:
     """Hand out a copy that only root can change, for as long as the block lasts."""
     with ExitStack() as stack:
-        work = stack.enter_context(store(job.config).workspace())
+        try:
+            work = stack.enter_context(store(job.config).workspace())
+        except Error:  # entry() will say so
+            work = stack.enter_context(workspace.folder(cache.FALLBACK))
         with (work / "copy").open("xb") as copy:
             names = [f"/proc/self/fd/{each.fileno()}" for each in (file, copy)]
             run.run(
