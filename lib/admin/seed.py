@@ -76,8 +76,12 @@ def _seed(args: argparse.Namespace) -> int:
 
 
 def _links(name: str) -> list[Path]:
-    found = LINKS.glob(f"{glob.escape(name)}:*")
-    return sorted(found, key=lambda path: int(path.name.rpartition(":")[2]))
+    """Return the active disks of the instance of this name, or of the one that it is short for."""
+    for pattern in (f"{glob.escape(name)}:*", f"{glob.escape(name)}.*:*"):
+        found = {path: path.name.rpartition(":") for path in LINKS.glob(pattern)}
+        if len({owner for owner, _colon, _index in found.values()}) == 1:
+            return sorted(found, key=lambda path: int(found[path][2]))
+    return []
 
 
 def _here(name: str, disks: Sequence[Path]) -> Found:

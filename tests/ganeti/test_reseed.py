@@ -69,6 +69,7 @@ def test_a_running_instance(pair: Cluster, node: str) -> None:
     assert "10.77.0.20/24" in seed(pair)["network-config"]
     pair.run(f"{COMMAND} reseed --reboot {NAME}")
     assert "10.77.0.22/24" in seed(pair)["network-config"]
+    assert "10.77.0.22/24" in pair.run(f"on {node[4]} {COMMAND} seed {NAME.partition('.')[0]}")
     assert "running" in pair.run(f"gnt-instance list --no-headers -o status {NAME}")
 
 
