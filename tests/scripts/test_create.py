@@ -228,7 +228,7 @@ def bad_images(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[s
         ("empty", "is empty"),
         ("random", "neither a partition table"),
         ("html", "is an HTML page"),
-        ("gz", "gzip failed"),
+        ("gz", "unpacking gz: it is cut short or damaged"),
         ("xz", "xz failed"),
         ("zst", "zstd failed"),
         ("backing", "backing"),
