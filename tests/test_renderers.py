@@ -1,7 +1,7 @@
 """What cloud-init itself makes of the seed: its renderers and its early stages, several versions.
 
-The versions are Debian's packages, unpacked below build/, never installed; they run in bubblewrap
-with inside_guest.py, the python3 modules that they need are Debian's too.
+The versions are Debian's and Ubuntu's packages, unpacked below build/, never installed; they run in
+bubblewrap with inside_guest.py, the python3 modules that they need are Debian's.
 """
 
 from __future__ import annotations
@@ -29,9 +29,22 @@ from lib.settings import values
 from tests.conftest import CI, ROOT, SYSTEM_PATH, require
 from tests.test_network import LAN, LAN6, TALK, nic
 
-SUITES = ("bullseye", "bookworm", "trixie", "testing")
-MIRRORS = ("http://deb.debian.org/debian", "http://archive.debian.org/debian")
+DEBIAN = ("http://deb.debian.org/debian", "http://archive.debian.org/debian")
+UBUNTU = ("http://archive.ubuntu.com/ubuntu", "http://old-releases.ubuntu.com/ubuntu")
+# in the order of their versions; EL has 24.1 and 24.4 too
+MIRRORS = {
+    "bullseye": DEBIAN,  # 20.4
+    "bookworm": DEBIAN,  # 22.4
+    "noble": UBUNTU,  # 24.1
+    "focal-updates": UBUNTU,  # 24.4
+    "trixie": DEBIAN,  # 25.1
+    "jammy-updates": UBUNTU,  # 26.1
+    "testing": DEBIAN,  # 26.2 and newer
+    "resolute-updates": UBUNTU,  # as noble-updates
+}
+SUITES = tuple(MIRRORS)
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+PACKAGES = {"resolute-updates": "cloud-init-base"}  # which cloud-init there only depends on
 MODULES = ("configobj", "jinja2", "jsonpatch", "jsonschema", "oauthlib", "requests", "yaml")
 GUEST = ROOT / "tests" / "inside_guest.py"
 
@@ -55,23 +68,34 @@ def unpacked(suite: str) -> Path:
     directory = ROOT / "build" / "cloud-init" / suite
     if not (directory / "usr").is_dir():
         shutil.rmtree(directory, ignore_errors=True)
-        for mirror in MIRRORS:
-            if fetched(mirror, suite, directory):
+        keyring = ubuntu_keyring() if MIRRORS[suite] == UBUNTU else KEYRING
+        package = PACKAGES.get(suite, "cloud-init")
+        for mirror in MIRRORS[suite]:
+            if fetched(mirror, suite, keyring, package, directory):
                 break
         else:
-            unavailable(
-                f"cloud-init of Debian {suite} is not to be had from {' or '.join(MIRRORS)}"
-            )
+            unavailable(f"{package} of {suite} is not to be had from {' or '.join(MIRRORS[suite])}")
     return directory / "usr"
 
 
-def fetched(mirror: str, suite: str, directory: Path) -> bool:
+@functools.cache
+def ubuntu_keyring() -> str:
+    """Return Ubuntu's keys, which Debian 13 has, signed with Debian's."""
+    directory = ROOT / "build" / "cloud-init" / "ubuntu-keyring"
+    if not directory.is_dir() and not fetched(
+        DEBIAN[0], "trixie", KEYRING, "ubuntu-keyring", directory
+    ):
+        unavailable(f"ubuntu-keyring of trixie is not to be had from {DEBIAN[0]}")
+    return str(directory / "usr/share/keyrings/ubuntu-archive-keyring.gpg")
+
+
+def fetched(mirror: str, suite: str, keyring: str, package: str, directory: Path) -> bool:
     """Download and unpack the package with an apt of its own, which knows nothing else."""
     apt = directory / "apt"
     (apt / "lists" / "partial").mkdir(parents=True)
     (apt / "archives" / "partial").mkdir(parents=True)
     (apt / "status").touch()
-    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {suite} main\n")
+    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] {mirror} {suite} main\n")
     options = {
         "Acquire::Check-Valid-Until": "false",
         "Acquire::Languages": "none",
@@ -84,12 +108,12 @@ def fetched(mirror: str, suite: str, directory: Path) -> bool:
         "Dir::State::status": apt / "status",
     }
     argv = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in options.items())]
-    for words in (["update"], ["download", "cloud-init"]):
+    for words in (["update"], ["download", package]):
         if subprocess.run([*argv, *words], cwd=apt, capture_output=True).returncode != 0:
             shutil.rmtree(directory)
             return False
-    (package,) = apt.glob("cloud-init_*.deb")
-    subprocess.run(["dpkg-deb", "-x", package, directory / "unpacked"], check=True)
+    (archive,) = apt.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg-deb", "-x", archive, directory / "unpacked"], check=True)
     shutil.rmtree(apt)
     (directory / "unpacked" / "usr").rename(directory / "usr")
     return True
