@@ -1,4 +1,4 @@
-"""Runs cloud-init's own code in a sandbox: test_renderers.py gives it documents and judges.
+"""Runs cloud-init's own code in a sandbox: test_renderers.py and test_stages.py judge.
 
 Started with PYTHONPATH set to one version of cloud-init; reads and writes JSON.
 """
@@ -63,9 +63,10 @@ def render_all(configs: dict[str, Any]) -> dict[str, Any]:
             continue
         for case, config in configs.items():
             result[case][name] = render(config, renderer(options))
-    options = distros.fetch("rhel").renderer_configs["sysconfig"]
-    for case, config in configs.items():
-        result[case]["sysconfig"] = render(config, load("net.sysconfig").Renderer(options))
+    for name, distro in ("sysconfig", "rhel"), ("wicked", "opensuse"):
+        options = distros.fetch(distro).renderer_configs["sysconfig"]
+        for case, config in configs.items():
+            result[case][name] = render(config, load("net.sysconfig").Renderer(options))
     return result
 
 

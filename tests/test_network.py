@@ -10,7 +10,7 @@ from lib.environment import Environment, Nic
 from lib.errors import Error
 from lib.guest import network
 
-MACS = [f"aa:00:00:12:34:0{n}" for n in range(6)]
+MACS = [f"aa:00:00:12:34:0{n}" for n in range(8)]
 LAN: dict[str, Any] = {"subnet": "192.0.2.0/24", "gateway": "192.0.2.1"}
 LAN6: dict[str, Any] = {"subnet6": "2001:db8::/64", "gateway6": "2001:db8::1"}
 EUI64 = "2001:db8::a800:ff:fe12:3400/64"  # of MACS[0]

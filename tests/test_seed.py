@@ -93,7 +93,7 @@ def test_include_once() -> None:
     )
 
 
-# --- vendor data; what cloud-init makes of it is in test_renderers.py
+# --- vendor data; what cloud-init makes of it is in test_stages.py
 
 
 def parts(text: bytes) -> list[Message]:

@@ -20,11 +20,12 @@ from typing import Any, Union
 import pytest
 
 from lib.guest import network, seed
+from tests.cloud_init import link, unavailable
 from tests.conftest import ROOT, SYSTEM_PATH
 from tests.images import disk_image
 from tests.scripts.conftest import UUID, Door, seed_files
 from tests.test_network import LAN, LAN6, MACS, nic
-from tests.test_renderers import CASES, SERVERS, link, unavailable
+from tests.test_renderers import CASES, SERVERS
 
 PINS = ROOT / "tests/cloudbase-init.txt"
 OTHER_UUID = "11111111-2222-4333-8444-555555555555"
