@@ -29,7 +29,7 @@ PACKAGES = bubblewrap bzip2 dosfstools fdisk gpgv gzip lz4 mtools python3 python
 	qemu-utils util-linux xz-utils zstd
 TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyring dh-python dmsetup \
 	dnsmasq-base dpkg-dev e2fsprogs ethtool ganeti gdisk git gnupg groff-base grub-common grub-pc-bin \
-	iproute2 libarchive-tools lintian lzip \
+	iproute2 libarchive-tools lintian lua-yaml lua5.4 lzip \
 	mmdebstrap openssh-client openssh-server openssl parted pigz pixz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 rpm rpmlint socat strace tinyproxy xfsprogs
