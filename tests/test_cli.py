@@ -161,7 +161,23 @@ def test_variants(command: Command) -> None:
     ]
     assert "default: " in done.stdout
     assert "  image      (from -O image=)" in lines
-    assert len(lines) == 4 * len([*(ROOT / "variants.d").glob("*.conf"), "mine"])
+    texts = [path.read_text() for path in (ROOT / "variants.d").glob("*.conf")]
+    named = [re.search("^architecture = (.*)$", text, re.MULTILINE) for text in texts]
+    here = [each for each in named if not each or os.uname().machine in each[1].split()]
+    assert len(lines) == 4 * len([*here, "mine"])
+
+
+def test_a_variant_for_other_machines(command: Command) -> None:
+    """It is no fault of this node, but an answer to who asks for it."""
+    command.variant("theirs", "architecture = s390x\nimage = https://example.com/a.qcow2")
+    for words in (["variants"], ["variants", "--json"]):
+        done = command(*words)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "theirs" not in done.stdout
+    assert "theirs" not in command("check").stdout
+    done = command("variants", "theirs")
+    assert done.returncode == 1
+    assert f"architecture=s390x: this node is {os.uname().machine}" in done.stderr
 
 
 def test_a_broken_variant_hides_no_other(command: Command) -> None:

@@ -111,7 +111,9 @@ def test_name_and_keys() -> None:
     assert meta == json.loads(files["meta-data"])
 
 
-@pytest.mark.parametrize("name", ["freebsd-14", "freebsd-15"])
+@pytest.mark.parametrize(
+    "name", ["freebsd-14", "freebsd-14-arm64", "freebsd-15", "freebsd-15-arm64"]
+)
 def test_the_variants_user_data_lets_it_read_the_network(name: str) -> None:
     """Only below exactly this first line, and with a second one, it comes to the network."""
     text = (ROOT / f"variants.d/{name}.conf").read_text()

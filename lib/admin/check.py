@@ -100,6 +100,8 @@ def _variants() -> Iterator[Row]:
     good = 0
     for name in sorted(files):
         try:
+            if not variants.read(name).is_for_this_machine:
+                continue
             job = common.job(name)
             if job.keyring is not None:
                 locations.open_file(job.keyring).close()

@@ -48,6 +48,8 @@ def _variants(args: argparse.Namespace) -> int:
     offered = listed(directory)
     for name in names:
         try:
+            if not args.names and not read(name).is_for_this_machine:
+                continue
             job = common.job(name)
         except Error as error:
             problems += error.lines
@@ -90,8 +92,13 @@ def _show(row: dict[str, Any], is_past_end: bool) -> None:
 
 def has_image(name: str) -> bool:
     """Whether the variant brings an image, for this node's architecture."""
-    variant = params.read_variant(common.environment({"OS_VARIANT": name}))
+    variant = read(name)
     return variant.is_for_this_machine and bool(variant.keys.get("image"))
+
+
+def read(name: str) -> params.Variant:
+    """Return the variant as its file says; Error with a hint for an unknown one."""
+    return params.read_variant(common.environment({"OS_VARIANT": name}))
 
 
 def _check(args: argparse.Namespace, names: list[str]) -> int:
