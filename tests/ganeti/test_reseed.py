@@ -90,13 +90,40 @@ def test_the_example_hook(pair: Cluster, node: str) -> None:
         pair.run(f"rm -r {folder}")
 
 
+def disk_of(pair: Cluster) -> str:
+    info = f"gnt-instance info {NAME} | sed -n 's/^ *on primary: \\([^ ]*\\) .*/\\1/p'"
+    return pair.run(info).strip()
+
+
+def test_a_seed_that_its_guest_has_damaged(pair: Cluster, node: str) -> None:
+    """One line, and everything as it was: the disk, and what was running."""
+    stopped_with(pair, 20)
+    path, on = disk_of(pair), f"on {node[4]} "
+    pair.run(f"{on} cp --sparse=always {path} {path}.whole")
+    behind_its_first_sector = f"of={path} bs=512 seek=65 count=32 conv=notrunc status=none"
+    pair.run(f"{on} dd if=/dev/urandom {behind_its_first_sector}")
+    damaged = pair.run(f"{on} sha256sum {path}")
+    for is_running, options in (False, ""), (False, "--reboot"), (True, "--reboot"):
+        if is_running:
+            pair.run(f"gnt-instance startup {NAME}")
+        out = pair.run(f"{COMMAND} reseed {options} {NAME}", 1)
+        errors = [line for line in out.splitlines() if "ERROR" in line]
+        assert len(errors) == 1, out
+        assert "the seed cannot be read: " in errors[0]
+        assert "; mend it in the guest, or write a new one with gnt-instance reins" in errors[0]
+        assert ("shutdown" in out, "rename" in out) == (False, False), out
+        status = pair.run(f"gnt-instance list --no-headers -o status {NAME}").strip()
+        assert status == ("running" if is_running else "ADMIN_down")
+    pair.run(f"gnt-instance shutdown --timeout=1 {NAME}")
+    assert pair.run(f"{on} sha256sum {path}") == damaged
+    pair.run(f"{on} mv {path}.whole {path}")
+    assert pair.run(f"{COMMAND} seed --diff {NAME}") == ""
+
+
 def test_what_cannot_be_reseeded(pair: Cluster, node: str) -> None:
     out = pair.run(f"{COMMAND} reseed vm8.example.com", 1)
     assert "ERROR: gnt-instance list: Instance name vm8.example.com not found" in out
-    path = pair.run(
-        f"gnt-instance info {NAME} | sed -n 's/^ *on primary: \\([^ ]*\\) .*/\\1/p'"
-    ).strip()
-    on = f"on {node[4]} "
+    path, on = disk_of(pair), f"on {node[4]} "
     whole = pair.run(f"{on} sha256sum {path}")
     damage = f"{on} dd if=/dev/zero of={path} bs=1k seek=32 count=1 conv=notrunc status=none"
     pair.run(damage)
