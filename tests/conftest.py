@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI") == "true"
-NEED_ROOT = ("root", "cluster", "boot", "nodes", "storage")
+NEED_ROOT = ("root", "cluster", "boot", "nodes", "storage", "guests")
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 

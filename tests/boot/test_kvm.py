@@ -25,7 +25,7 @@ def kvm_cluster() -> Iterator[Cluster]:
 
 
 def test_ssh_into_an_instance(kvm_cluster: Cluster, folder: Path, public_key: str) -> None:
-    image = build_image(folder, "gpt")
+    image = build_image(folder / "gpt.raw")
     kvm_cluster.run(
         "gnt-instance add -H kvm -t file -n node1.example.com -B memory=768M --no-ip-check"
         " --disk 0:size=3G --net 0:ip=10.77.0.11,network=lan -o cloudimage+default"

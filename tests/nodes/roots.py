@@ -11,12 +11,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 FOLDER = CACHE / "instance-cloudimage-tests"
 DEBIAN, UBUNTU = "http://deb.debian.org/debian", "http://archive.ubuntu.com/ubuntu"
@@ -65,35 +64,49 @@ def readme_packages() -> list[str]:
 def root(release: str, more: Sequence[str] = ()) -> Path:
     """Return the release's root, built if it is not there, with `more` packages in it."""
     packages = [*readme_packages(), *more]
-    suite, mirror, components = RELEASES[release]
     digest = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:8]
     path = FOLDER / f"{release}-{digest}"
     if not path.exists():
-        options = ["--variant=minbase", f"--include={','.join(packages)}"]
-        source = [mirror]
-        if mirror == UBUNTU:
-            # Debian 13 has Ubuntu's keys, signed with Debian's, which every mmdebstrap brings
-            keys = "usr/share/keyrings/ubuntu-archive-keyring.gpg"
-            ring = FOLDER / "ubuntu-keyring"
-            if not ring.exists():
-                only = ["--variant=extract", "--include=ubuntu-keyring"]
-                _build(ring, [*only, "trixie"], [DEBIAN])
-            words = components.replace(",", " ")
-            source = [f"deb [signed-by={ring / keys}] {mirror} {suite} {words}"]
-        _build(path, [*options, suite], source)
+        suite = RELEASES[release][0]
+        options = ["--variant=minbase", f"--include={','.join(packages)}", suite]
+        build(path, options, sources(release))
     return path
 
 
-def _build(path: Path, before: list[str], after: list[str]) -> None:
-    """Let mmdebstrap make a folder, which has its name only when it is whole."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=FOLDER))
+def sources(release: str, suffixes: Sequence[str] = ("",)) -> list[str]:
+    """Return apt's lines for the release: its suite, and those that are called suite + suffix."""
+    suite, mirror, components = RELEASES[release]
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    if mirror == UBUNTU:
+        # Debian 13 has Ubuntu's keys, signed with Debian's, which every mmdebstrap brings
+        ring = FOLDER / "ubuntu-keyring"
+        if not ring.exists():
+            only = ["--variant=extract", "--include=ubuntu-keyring", "trixie"]
+            build(ring, only, [f"deb [signed-by={keyring}] {DEBIAN} trixie main"])
+        keyring = f"{ring}/usr/share/keyrings/ubuntu-archive-keyring.gpg"
+    place, words = f"deb [signed-by={keyring}] {mirror}", components.replace(",", " ")
+    return [f"{place} {suite}{suffix} {words}" for suffix in suffixes]
+
+
+def build(
+    path: Path,
+    options: Sequence[str],
+    lines: Sequence[str],
+    finish: Callable[[Path], None] = lambda _folder: None,
+) -> None:
+    """Let mmdebstrap make a folder, which has its name only when it is whole and finished.
+
+    The last of the options is the suite, the lines say where apt finds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
     # a mirror may be a snapshot of some day
-    command = ["mmdebstrap", "--quiet", "--aptopt=Acquire::Check-Valid-Until false", *before]
+    command = ["mmdebstrap", "--quiet", "--aptopt=Acquire::Check-Valid-Until false", *options]
     try:
-        made = subprocess.run([*command, str(work), *after], capture_output=True, text=True)
+        made = subprocess.run([*command, str(work), *lines], capture_output=True, text=True)
         if made.returncode != 0:
             raise Unavailable(made.stderr[-2000:])
+        finish(work)
         work.chmod(0o755)
         work.rename(path)
     finally:
