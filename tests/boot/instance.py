@@ -9,8 +9,8 @@ from ipaddress import IPv6Network, ip_address, ip_network
 
 DNS = ("192.0.2.53", "2001:db8:53::53")
 SEARCH = "example.com"
-# what qemu's own DHCP server says: address, gateway, name server
-DHCP_ADDRESS, DHCP_GATEWAY, DHCP_DNS = "10.0.2.15/24", "10.0.2.2", "10.0.2.3"
+# what qemu's own DHCP server says; in a network without a way out neither gateway nor name server
+DHCP_ADDRESS = "10.0.2.15/24"
 ROUTED_GATEWAY = "169.254.1.1"
 
 LAN = {
@@ -78,7 +78,7 @@ class Instance:
             elif ip:
                 found.append((f"eth{index}", f"{ip}/32", ROUTED_GATEWAY))
             elif not subnet6:
-                found.append((f"eth{index}", DHCP_ADDRESS, DHCP_GATEWAY))
+                found.append((f"eth{index}", DHCP_ADDRESS, ""))
             if subnet6:
                 found.append((f"eth{index}", _eui64(subnet6, mac), nic["NETWORK_GATEWAY6"]))
         return found
@@ -92,7 +92,7 @@ class Instance:
         return {
             "addresses": {(nic, address) for nic, address, _gateway in found},
             "routes": {(gateway, nic) for nic, _address, gateway in found if gateway},
-            "dns": servers | ({DHCP_DNS} if with_dhcp else set()),
+            "dns": servers,
             "search": {SEARCH} if found else set(),
         }
 
