@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,10 @@ class Node:
         return self.run(*shell, command, environment=environment)
 
 
-@pytest.fixture(scope="session", params=NODES)
-def node(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Node]:
+@contextmanager
+def entered(release: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Enter a release's root as it was built; what the tests make is there under its own name."""
     require("mmdebstrap", "unshare", "nsenter", "pivot_root")
-    release: str = request.param
     try:
         root = roots.root(release)
     except roots.Unavailable as error:
@@ -72,6 +71,17 @@ def node(
         pytest.skip(f"{release} cannot be had: {error}")
     shared = tmp_path_factory.getbasetemp()
     with roots.entered(root, shared, tmp_path_factory.mktemp(release)) as inside:
-        node = Node(release, inside)
+        yield Node(release, inside)
+
+
+@pytest.fixture(scope="session", params=NODES)
+def release(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def node(release: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with entered(release, tmp_path_factory) as node:
         assert "installed cloudimage " in node.run("make", "-C", "/srv/source", "install")
         yield node

@@ -1,6 +1,10 @@
 """A release's root file system, with the packages that the README names, and a way into it.
 
-Roots lie in a cache folder and are built once; remove the folder to have them anew.
+usage: python -m tests.nodes.roots RELEASE [PACKAGE...] -- COMMAND [ARGUMENT...]
+
+runs COMMAND in the root of RELEASE with these packages too: in this tree, which is read-only there,
+and with this machine's network and /var/tmp. Roots lie in a cache folder and are built once; remove
+the folder to have them anew. Needs root.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 FOLDER = CACHE / "instance-cloudimage-tests"
+SHARED = Path("/var/tmp")
 DEBIAN, UBUNTU = "http://deb.debian.org/debian", "http://archive.ubuntu.com/ubuntu"
 RELEASES = {
     "debian-11": ("bullseye", DEBIAN, "main"),
@@ -36,6 +42,7 @@ mkdir "$4/upper" "$4/work" "$4/root"
 mount -t overlay -o "lowerdir=$root,upperdir=$4/upper,workdir=$4/work" overlay "$4/root"
 cd "$4/root"
 mount -t tmpfs tmpfs run
+mkdir -m 1777 run/lock
 mount -t tmpfs tmpfs tmp
 mount -t proc proc proc
 mount --rbind /sys sys
@@ -128,3 +135,23 @@ def entered(path: Path, shared: Path, work: Path) -> Iterator[list[str]]:
             yield ["nsenter", f"--target={inside.pid}", "--mount", "--"]
         finally:
             inside.terminate()
+
+
+def main() -> int:
+    """Run what the command line says; return the command's exit status."""
+    words, command = sys.argv[1:], []
+    if "--" in words:
+        words, command = words[: words.index("--")], words[words.index("--") + 1 :]
+    if not command or not words or words[0] not in RELEASES:
+        raise SystemExit(f"usage: roots RELEASE [PACKAGE...] -- COMMAND; {' '.join(RELEASES)}")
+    try:
+        path = root(words[0], words[1:])
+    except Unavailable as error:
+        raise SystemExit(f"{words[0]} cannot be had: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="root-", dir=SHARED) as work:
+        with entered(path, SHARED, Path(work)) as inside:
+            return subprocess.run([*inside, "env", "--chdir=/srv/source", *command]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""The packages: built, installed in a fresh root, upgraded, and removed without a trace."""
+"""The packages as they are built, and the RPM in a root: installed, upgraded, and removed.
+
+tests/nodes installs the Debian package, on every release.
+"""
 
 from __future__ import annotations
 
@@ -12,71 +15,26 @@ import pytest
 
 from lib import __version__
 from tests.conftest import ROOT, SYSTEM_PATH, require
+from tests.nodes import roots
+from tests.packages import BUNDLE, CONFIG, NAME, OLD, build, older_tree, tree
 
 pytestmark = pytest.mark.root
-
-NAME = "instance-cloudimage"
-BUNDLE = "usr/share/ganeti/os/cloudimage"
-CONFIG = "etc/ganeti/instance-cloudimage"
-OLD = "0.0.9"
 Done = subprocess.CompletedProcess[str]
-
-
-def tree(folder: Path) -> Path:
-    """Copy what makes the package, as a release has it."""
-    parts = "create export import rename verify ganeti_api_version parameters.list variants.list"
-    parts += " variants.d hooks.d lib doc packaging Makefile README.md NEWS LICENSE"
-    folder.mkdir()
-    subprocess.run(["cp", "-r", *parts.split(), folder], cwd=ROOT, check=True)
-    return folder
-
-
-def build(folder: Path, kind: str = "deb") -> Path:
-    """Build a package of a tree; return its file."""
-    done = subprocess.run(["make", "-sC", folder, kind], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (package,) = (folder / "build").glob(f"*.{kind}")
-    assert done.stdout.splitlines()[-1] == f"built build/{package.name}"
-    return package
 
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require("dh", "dh_python3", "dpkg-buildpackage", "make")
     return build(tree(tmp_path_factory.mktemp("new") / "tree"))
 
 
 @pytest.fixture(scope="module")
-def old_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make an older release: one module more, one variant less, another default."""
-    folder = tree(tmp_path_factory.mktemp("old") / "tree")
-    for name, before, after in (
-        ("lib/__init__.py", __version__, OLD),
-        ("NEWS", f"release {__version__} ", f"release {OLD} "),
-        ("variants.list", "debian-13\n", ""),
-        ("doc/cloudimage.conf", "20G", "10G"),
-    ):
-        text = (folder / name).read_text()
-        assert before in text
-        (folder / name).write_text(text.replace(before, after))
-    (folder / "lib/gone.py").write_text('"""A module that was."""\n')
-    return folder
-
-
-@pytest.fixture(scope="module")
-def old(new: Path, old_tree: Path) -> Path:
-    return build(old_tree)
-
-
-@pytest.fixture(scope="module")
 def new_rpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require("rpmbuild", "make")
     return build(tree(tmp_path_factory.mktemp("new") / "tree"), "rpm")
 
 
 @pytest.fixture(scope="module")
-def old_rpm(new_rpm: Path, old_tree: Path) -> Path:
-    return build(old_tree, "rpm")
+def old_rpm(new_rpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(older_tree(tmp_path_factory.mktemp("old") / "tree"), "rpm")
 
 
 class Node:
@@ -94,10 +52,6 @@ class Node:
             capture_output=True,
             text=True,
         )
-
-    def install(self, package: Path) -> Done:
-        shutil.copy(package, self.root / "package.deb")
-        return self("dpkg", "--force-confold", "--install", "/package.deb")
 
     def rpm(self, *arguments: object) -> Done:
         """Run the machine's rpm on the root, whose own packages it does not know."""
@@ -120,14 +74,11 @@ class Node:
 
 
 @pytest.fixture(scope="module")
-def fresh(new: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a root with what the package's Depends names."""
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a root with what the README names, and with the Python that compiles the modules."""
     require("mmdebstrap")
-    depends = subprocess.check_output(["dpkg-deb", "-f", new, "Depends"], text=True)
-    names = ",".join(re.findall(r"^ *([a-z0-9-]+)", depends.replace(",", "\n"), re.M))
     root = tmp_path_factory.mktemp("node") / "root"
-    options = ["--quiet", "--variant=minbase", f"--include={names}"]
-    subprocess.run(["mmdebstrap", *options, "bookworm", root], check=True)
+    subprocess.run(["cp", "-a", roots.root("debian-12"), root], check=True)
     return root
 
 
@@ -135,7 +86,6 @@ def fresh(new: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def node(fresh: Path) -> Iterator[Node]:
     node = Node(fresh)
     yield node
-    node("dpkg", "--purge", "--force-all", NAME)
     node.rpm("--erase", "--noscripts", NAME)
     for folder in ("etc/ganeti", "usr/share/ganeti"):
         shutil.rmtree(fresh / folder, ignore_errors=True)
@@ -174,58 +124,6 @@ def test_the_changelog_is_of_news(new: Path) -> None:
     assert re.findall(r"Release (\S+): see NEWS", every) == re.findall(
         r"^\* Noteworthy changes in release (\S+) ", (ROOT / "NEWS").read_text(), re.M
     )
-
-
-def test_install_upgrade_purge(node: Node, old: Path, new: Path) -> None:
-    done = node.install(old)
-    assert done.returncode == 0, done.stderr
-    assert node("cloudimage", "--version").stdout == f"cloudimage {OLD}\n"
-    settings, mine = node.config / "cloudimage.conf", node.config / "variants.d/mine.conf"
-    settings.write_text("[image]\nrequire_checksum = no\n")
-    mine.write_text("[variant]\nimage = /etc/passwd\n")
-    assert (node.bundle / "lib/gone.py").exists()
-
-    done = node.install(new)
-    assert done.returncode == 0, done.stderr
-    assert node("cloudimage", "--version").stdout == f"cloudimage {__version__}\n"
-    assert settings.read_text() == "[image]\nrequire_checksum = no\n"
-    assert (node.config / "cloudimage.conf.dpkg-dist").read_text() == (
-        ROOT / "doc/cloudimage.conf"
-    ).read_text()
-    assert (node.config / "variants.list").read_text() == (ROOT / "variants.list").read_text()
-    assert not list(node.bundle.rglob("gone*"))
-
-    origins = node.verify_imports()
-    assert len(origins) > 5
-    assert not [path for path in origins if not path.endswith(".pyc")]
-
-    cache = node.root / "var/cache/ganeti-instance-cloudimage"
-    cache.mkdir()
-    (cache / "x.raw").touch()
-    assert node("dpkg", "--remove", NAME).returncode == 0
-    assert not node.bundle.exists()
-    assert settings.exists()
-    assert (cache / "x.raw").exists()
-    assert node("dpkg", "--purge", NAME).returncode == 0
-    assert node.traces() == {CONFIG}  # the administrator's own file keeps its folder
-    assert [path for path in node.config.rglob("*") if path.is_file()] == [mine]
-
-
-@pytest.mark.parametrize("name", ["common.sh", "lib"])
-def test_what_no_package_owns_is_left_alone(node: Node, new: Path, name: str) -> None:
-    """The other project's bundle, and one that make install or git clone put there."""
-    node.bundle.mkdir(parents=True)
-    found = "  ".join(sorted(("create", name)))
-    for each in ("create", name):
-        (node.bundle / each).write_text("#!/bin/bash\n")
-    before = node.traces()
-    done = node.install(new)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    assert f"/{BUNDLE} was not put there by a package ({found})" in line
-    assert node.traces() == before
-    assert {path.read_text() for path in node.bundle.iterdir()} == {"#!/bin/bash\n"}
-    assert not node.config.exists()
 
 
 # --- rpm -------------------------------------------------------------------------------------
