@@ -33,6 +33,9 @@ TEST_PACKAGES = btrfs-progs cloud-guest-utils curl debhelper debian-archive-keyr
 	mmdebstrap openssh-client openssh-server openssl ovmf parted pigz pixz procps python3-configobj \
 	python3-jinja2 python3-jsonpatch python3-jsonschema python3-oauthlib python3-venv python3-yaml \
 	qemu-system-x86 rpm rpmlint socat strace tinyproxy xfsprogs
+# what a root of another release has besides PACKAGES, for the targets that take NODE
+GANETI_PACKAGES = curl e2fsprogs ganeti ganeti-testsuite gdisk grub-common grub-efi-amd64-bin grub-pc-bin \
+	iptables mmdebstrap procps python3-pytest qemu-system-x86
 STORAGE_PACKAGES = ceph-common ceph-mgr ceph-mon ceph-osd qemu-block-extra
 
 help:
@@ -41,7 +44,9 @@ help:
 	@echo "make check-nodes [NODES=\"debian-11 ...\"]  the doors on every release that README names (root)"
 	@echo "make check-guests  guests of six releases boot and say what they got: an hour (root)"
 	@echo "make check-storage  the tests on a real Ceph of one node on 127.0.0.1 (root)"
-	@echo "make demo       show the product at work on this machine, in a throwaway cluster (root)"
+	@echo "make check-ganeti [NODE=debian-13]  the tests on a real Ganeti with another release's (root)"
+	@echo "make qa [NODE=debian-13]    Ganeti's own QA suite and burnin with this OS (root)"
+	@echo "make demo [NODE=debian-13]  show the product at work in a throwaway cluster (root)"
 	@echo "make bench      measure sizes and speeds against named peers (root)"
 	@echo "make install    install the bundle [DESTDIR=] [PREFIX=/usr] [SYSCONFDIR=/etc]"
 	@echo "make uninstall  take away what install put there, but not the configuration"
@@ -89,8 +94,20 @@ check-storage: TEST_PACKAGES += $(STORAGE_PACKAGES)
 check-storage: packages setup
 	$(VENV)/bin/pytest -m storage
 
-demo: packages
-	tests/demo
+# With NODE these run in the root of that release, with its Ganeti, and else on this machine.
+IN = $(if $(NODE),$(VENV)/bin/python -m tests.nodes.roots $(NODE) $(GANETI_PACKAGES) --)
+TESTS = tests/ganeti
+
+check-ganeti: NODE = debian-13
+check-ganeti: packages setup
+	$(IN) python3 -m pytest -p no:cacheprovider $(TESTS)
+
+qa: TEST_PACKAGES += ganeti-testsuite iptables
+qa: packages $(if $(NODE),setup)
+	$(IN) tests/qa
+
+demo: packages $(if $(NODE),setup)
+	$(IN) tests/demo
 
 bench: packages
 	tests/bench
@@ -189,5 +206,6 @@ rpm: source
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup packages lint test check check-root check-nodes check-guests check-storage demo bench \
+.PHONY: help setup packages lint test check check-root check-nodes check-guests check-storage \
+	check-ganeti qa demo bench \
 	metad-check own-bundle own-config install uninstall source deb rpm clean

@@ -39,7 +39,7 @@ def _reseed(args: argparse.Namespace) -> None:
     if instance.is_running:
         _job("shutdown", name)
     try:
-        _job("rename", "-f", "--no-ip-check", "--no-name-check", name, name)
+        _job("rename", *_unasked(), name, name)
     finally:
         if instance.is_running:  # also after a failure: it ran before
             _job("startup", name)
@@ -56,6 +56,13 @@ def _differs(instance: Instance) -> bool:
     """Whether the seed is out of date; Error if there is none or it cannot be read."""
     with _active_disks(instance):
         return bool(seed.difference(instance, seed.of(instance)))
+
+
+def _unasked() -> list[str]:
+    """Return the options by which rename asks neither DNS nor the user; Ganeti 3.1 has none."""
+    known = ganeti.call("gnt-instance", "rename", "--help").split()
+    options = ("--force", "--no-ip-check", "--no-name-check")
+    return [option for option in options if option in known]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def test_ssh_into_an_instance(kvm_cluster: Cluster, folder: Path, public_key: st
     assert 2700 < root < 3 * 1024
     # after gnt-instance modify the guest is told its new address without a reinstall
     host_keys = kvm_cluster.run(f"{ssh} cat '/etc/ssh/ssh_host_*_key.pub'")
-    kvm_cluster.run("gnt-instance modify --net 0:modify,ip=10.77.0.12 vm1.example.com")
+    kvm_cluster.run("gnt-instance modify -f --net 0:modify,ip=10.77.0.12 vm1.example.com")
     kvm_cluster.run(f"{ROOT}/lib/cloudimage reseed --reboot vm1.example.com")
     ssh = f"{SSH} -i {folder}/key debian@10.77.0.12"
     kvm_cluster.run(f"for _ in $(seq 100); do {ssh} true && exit; sleep 3; done; {ssh} true")

@@ -32,7 +32,7 @@ def node(request: pytest.FixtureRequest, pair: Cluster, images: Path) -> Iterato
 def stopped_with(pair: Cluster, last: int) -> None:
     """Bring the instance to an address and a seed that says so, stopped."""
     pair.run(f"gnt-instance shutdown --timeout=1 {NAME}")
-    pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.{last} {NAME}; true")
+    pair.run(f"gnt-instance modify -f --net 0:modify,ip=10.77.0.{last} {NAME}; true")
     pair.run(f"{COMMAND} reseed {NAME}")
 
 
@@ -47,7 +47,7 @@ def test_reseed(pair: Cluster, node: str) -> None:
     assert "10.77.0.20/24" in before["network-config"]
     assert pair.run(f"{COMMAND} seed --diff {NAME}") == ""
     assert "is told already" in pair.run(f"{COMMAND} reseed {NAME}")
-    pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.21 {NAME}")
+    pair.run(f"gnt-instance modify -f --net 0:modify,ip=10.77.0.21 {NAME}")
     difference = pair.run(f"{COMMAND} seed --diff {NAME}", 3)
     assert '-     "address": "10.77.0.20/24",\n+     "address": "10.77.0.21/24",' in difference
     pair.run(f"{COMMAND} reseed {NAME}")
@@ -63,7 +63,7 @@ def test_reseed(pair: Cluster, node: str) -> None:
 def test_a_running_instance(pair: Cluster, node: str) -> None:
     stopped_with(pair, 20)
     pair.run(f"gnt-instance startup {NAME}")
-    pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.22 {NAME}")
+    pair.run(f"gnt-instance modify -f --net 0:modify,ip=10.77.0.22 {NAME}")
     out = pair.run(f"{COMMAND} reseed {NAME}", 1)
     assert f"ERROR: {NAME}: is running; gnt-instance shutdown it first, or use --reboot" in out
     assert "10.77.0.20/24" in seed(pair)["network-config"]
@@ -81,10 +81,10 @@ def test_the_example_hook(pair: Cluster, node: str) -> None:
     pair.run(f"sed -i 's|(cloudimage|({COMMAND}|' {hook}")  # not installed here
     try:
         stopped_with(pair, 20)
-        out = pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.23 {NAME}")
+        out = pair.run(f"gnt-instance modify -f --net 0:modify,ip=10.77.0.23 {NAME}")
         assert f"cloudimage reseed --reboot {NAME}" in out
         assert "10.77.0.23/24" in out
-        out = pair.run(f"gnt-instance modify --net 0:modify,ip=10.77.0.20 {NAME}")
+        out = pair.run(f"gnt-instance modify -f --net 0:modify,ip=10.77.0.20 {NAME}")
         assert "reseed" not in out
     finally:
         pair.run(f"rm -r {folder}")

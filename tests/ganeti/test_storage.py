@@ -73,7 +73,7 @@ def test_add_rename_grow_and_backup(
         part = f"tail -c +{MIB + 1} {{}} | head -c {size - 2 * MIB} | sha256sum"
         assert cluster.run(part.format(disk)) == cluster.run(part.format(images / "small.raw"))
         before = data(cluster, disk)
-        cluster.run("gnt-instance rename --no-ip-check vm4.example.com vm5.example.com")
+        cluster.run("gnt-instance rename vm4.example.com vm5.example.com")
         disk = cluster.run(f"ls -d {place}").strip()
         assert meta_data(seed(cluster, disk))["local-hostname"] == "vm5.example.com"
         export(cluster, "vm5")

@@ -54,7 +54,7 @@ pivot_root . .
 cd /
 umount -l .
 echo entered
-exec sleep infinity
+exec cat
 """
 
 
@@ -128,13 +128,12 @@ def entered(path: Path, shared: Path, work: Path) -> Iterator[list[str]]:
     """
     command = ["unshare", "--mount", "sh", "-c", ENTER, "sh"]
     command += map(str, (path, ROOT, shared, work))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as inside:
-        try:
-            assert inside.stdout is not None
-            assert inside.stdout.readline() == "entered\n"
-            yield ["nsenter", f"--target={inside.pid}", "--mount", "--"]
-        finally:
-            inside.terminate()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as inside:
+        # leaving closes its input, on which it ends, and so does the end of this process
+        assert inside.stdout is not None
+        assert inside.stdout.readline() == "entered\n"
+        yield ["nsenter", f"--target={inside.pid}", "--mount", "--"]
 
 
 def main() -> int:
