@@ -137,6 +137,14 @@ def test_explain_says_what_create_does(
     assert said == {name: data.decode() for name, data in seed_files(target).items()}
 
 
+def test_explain_resolves_the_name(command: Command, image: Path) -> None:
+    net = "0:ip=auto,subnet=127.0.0.0/8,gateway=127.0.0.9"
+    words = ["-O", f"image={image}", "--name", "localhost", "--net", net]
+    done = command("explain", "-o", "default", *words)
+    assert done.returncode == 0, done.stderr
+    assert '     "address": "127.0.0.1/8",' in done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -144,6 +152,10 @@ def test_explain_says_what_create_does(
         (["--net", "1:ip=192.0.2.1"], "--net: NICs [1] are given; number them from 0, each once"),
         (["--net", "0:ips=192.0.2.1"], "--net 0:ips: is unknown; did you mean ip?"),
         (["--net", "0:ip=pool"], "--net 0:ip=pool: there is no network; add network=NAME"),
+        (
+            ["--net", "0:ip=auto", "--name", "vm1.invalid"],
+            "--net 0:ip=auto: vm1.invalid: ",
+        ),
         (
             ["--net", f"0:ip=10.0.0.1,{NETWORK}"],
             "writing network-config: NIC_0_IP=",

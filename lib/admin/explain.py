@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from ipaddress import ip_network
 from typing import BinaryIO, NamedTuple, Optional
@@ -11,7 +12,7 @@ from typing import BinaryIO, NamedTuple, Optional
 from lib import commands, log
 from lib.admin import common, ganeti, seed
 from lib.disk import partition
-from lib.errors import Error
+from lib.errors import Error, describe
 from lib.settings import config, params
 from lib.settings.params import Job
 from lib.settings.values import Location
@@ -62,7 +63,7 @@ def _explain(args: argparse.Namespace) -> None:
     variables = {**EXAMPLE, "INSTANCE_NAME": args.name, **common.parameters(args.settings)}
     _base, _plus, variant = args.os.rpartition("+")
     variables["OS_VARIANT"] = variant or args.os
-    variables.update(_nics(args.nets))
+    variables.update(_nics(args.nets, args.name))
     disks = _disks(args.disks)
     env = common.environment(variables)
     job = params.parse(env)
@@ -186,7 +187,7 @@ def _indexed(option: str, text: str) -> tuple[int, dict[str, str]]:
     return int(index), common.pairs(f"{option} {index}:", rest)
 
 
-def _nics(nets: Sequence[str]) -> dict[str, str]:
+def _nics(nets: Sequence[str], instance: str) -> dict[str, str]:
     """Return the variables of the NICs; one without --net has none, and so asks for DHCP."""
     variables: dict[str, str] = {}
     given = dict(_indexed("--net", text) for text in nets) or {0: {}}
@@ -209,6 +210,8 @@ def _nics(nets: Sequence[str]) -> dict[str, str]:
                 variables[prefix + _NET_KEYS[key]] = value
         if keys.get("ip") == "pool":
             variables[f"{prefix}IP"] = _from_pool(number, variables)
+        if keys.get("ip") == "auto":
+            variables[f"{prefix}IP"] = _resolved(number, instance)
     return {**variables, "NIC_COUNT": str(len(given))}
 
 
@@ -222,6 +225,16 @@ def _from_pool(index: int, variables: dict[str, str]) -> str:
     chosen = next(host for host in hosts if host != gateway)
     log.step(f"--net {index}:ip=pool: shown with {chosen}, the pool may choose another")
     return chosen
+
+
+def _resolved(index: int, instance: str) -> str:
+    """Return the address that the instance's name has."""
+    try:
+        return socket.gethostbyname(instance)
+    except OSError as error:
+        raise Error(
+            f"--net {index}:ip=auto: {instance}: {describe(error)}", "give another with --name"
+        ) from error
 
 
 def _disks(options: Sequence[str]) -> _Disks:
