@@ -12,7 +12,8 @@ from lib import workspace
 from tests.conftest import ROOT
 
 SCRIPT = """
-import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from lib import workspace
+import sys, time; from pathlib import Path
+sys.path.insert(0, sys.argv[1]); from lib import workspace
 with workspace.folder(Path(sys.argv[2])) as work:
     print(work, flush=True)
     time.sleep(600)
