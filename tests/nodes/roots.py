@@ -115,7 +115,11 @@ def build(
             raise Unavailable(made.stderr[-2000:])
         finish(work)
         work.chmod(0o755)
-        work.rename(path)
+        try:
+            work.rename(path)
+        except OSError:
+            if not path.exists():  # another process was faster
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
