@@ -214,5 +214,11 @@ def _user(path: Path) -> str:
         for fields in map(str.split, mounts):
             if fields[2] == name:
                 return f"mounted on {fields[4]}"
-    holders = sorted(holder.name for holder in Path(f"/sys/dev/block/{name}/holders").glob("*"))
+    holders = sorted(map(_device, Path(f"/sys/dev/block/{name}/holders").glob("*")))
     return f"part of {' '.join(holders)}" if holders else "by a running instance or another create"
+
+
+def _device(folder: Path) -> str:
+    """Return a device's name; device mapper's number says nothing without the name given to it."""
+    given = folder / "dm/name"
+    return f"{folder.name} ({given.read_text().strip()})" if given.exists() else folder.name

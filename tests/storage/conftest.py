@@ -1,16 +1,20 @@
-"""One Ceph cluster for all tests of this folder, and doors that find it as on a node."""
+"""One Ceph cluster and one node in a virtual machine, each for all tests of this folder."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import require
+from tests.images import convert, disk_image
 from tests.scripts.conftest import Door
 from tests.storage import ceph as cluster
+from tests.storage import machine
 from tests.storage.ceph import Ceph
+from tests.storage.machine import Machine, System
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,29 @@ def door(tmp_path: Path, ceph: Ceph) -> Door:
     enter = f'mount --bind {ceph.folder} /etc/ceph && exec "$@"'
     door.wrapper = ["unshare", "--mount", "sh", "-c", enter, "sh"]
     return door
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with small.raw, small.qcow2 and other.raw; machines have them in /srv."""
+    require("qemu-img", "sfdisk")
+    folder = tmp_path_factory.mktemp("images")
+    convert(disk_image(folder / "small.raw"), "qcow2")
+    disk_image(folder / "other.raw", size_mib=16, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def system(images: Path) -> Iterator[System]:
+    """Build what the machines boot from; they find the images in /srv."""
+    require("mmdebstrap", "mke2fs", "qemu-system-x86_64", "tar", "sgdisk", "mdir")
+    with tempfile.TemporaryDirectory(prefix="cloudimage-machines-", dir="/var/tmp") as folder:
+        yield machine.build(Path(folder), images)
+
+
+@pytest.fixture(scope="session")
+def node(system: System) -> Iterator[Machine]:
+    """Boot node1.example.com and make a cluster of it."""
+    with machine.started(system, 1) as node:
+        machine.make_cluster(node)
+        yield node
