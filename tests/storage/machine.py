@@ -7,7 +7,6 @@ and output, which are a shell there.
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -30,8 +29,7 @@ SYSTEM_BYTES, VOLUMES_BYTES = 4 << 30, 24 << 30  # Ganeti wants a volume group o
 PE_START_MIB, EXTENT_MIB = 1, 4  # where LVM begins, and its unit
 # systemd runs it in place of the services of a normal boot; the port is where qemu's stdio ends
 SHELL = (
-    "udevadm wait /dev/virtio-ports/shell;"
-    " HOME=/root exec bash <>/dev/virtio-ports/shell >&0 2>&1"
+    "udevadm wait /dev/virtio-ports/shell; HOME=/root exec bash <>/dev/virtio-ports/shell >&0 2>&1"
 )
 # tsc: else a look at the clock leaves the emulation, and the node is several times as slow
 KERNEL_LINE = (
@@ -42,7 +40,9 @@ KERNEL_LINE = (
 )
 PREPARE = """set -e
 # an emulated node takes more than 5 s to answer
-sed -i 's/^RPC_CONNECT_TIMEOUT = .*/RPC_CONNECT_TIMEOUT = 60/' /usr/share/ganeti/3.0/ganeti/_constants.py
+cd /usr/share/ganeti/3.0/ganeti
+sed -i 's/^RPC_CONNECT_TIMEOUT = .*/RPC_CONNECT_TIMEOUT = 60/' _constants.py
+cd /
 tar -C /srv -xf /dev/vdb
 make -s -C /srv/source install
 (
@@ -92,7 +92,8 @@ class Machine(Cluster):
     def disk(self, name: str, index: int = 0) -> str:
         """Return the path of an instance's disk."""
         info = self.run(f"gnt-instance info {name}.example.com")
-        return re.findall(r"on primary: *(/dev/\S+)", info)[index]
+        paths: list[str] = re.findall(r"on primary: *(/dev/\S+)", info)
+        return paths[index]
 
     def remove_all(self) -> None:
         """Remove all instances, those too whose create failed, and what was exported."""
@@ -133,9 +134,9 @@ def build(folder: Path, images: Path) -> System:
     leave = [f"--exclude=./{name}" for name in (".*", "build")]
     subprocess.run(
         [
-            *("tar", "--create", "--file", folder / "given", *leave),
-            *("--transform=s,^\\.,source,", "-C", ROOT, "."),
-            *("-C", images, *(path.name for path in images.iterdir())),
+            *("tar", "--create", f"--file={folder}/given", *leave),
+            *("--transform=s,^\\.,source,", f"--directory={ROOT}", "."),
+            *(f"--directory={images}", *(path.name for path in images.iterdir())),
         ],
         check=True,
     )
