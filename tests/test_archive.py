@@ -274,7 +274,7 @@ def test_bad(tmp_path: Path, packed: bytes, message: str) -> None:
 def test_truncated_compressed_archive(tmp_path: Path) -> None:
     require("gzip", "bwrap")
     packed = subprocess.run(["gzip", "-c"], input=RAW + END, capture_output=True, check=True).stdout
-    with pytest.raises(Error, match=TRUNCATED):
+    with pytest.raises(Error, match=r"^unpacking gz: it is cut short"):
         unpacked(tmp_path, packed[: len(packed) // 2])
 
 
