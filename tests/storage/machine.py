@@ -112,12 +112,11 @@ class Machine(Cluster):
         target = self.volumes.with_suffix(".copy")
         subprocess.run(
             [
-                *("dd", f"if={self.volumes}", f"of={target}", "bs=1M", "conv=sparse"),
+                *("dd", "status=none", f"if={self.volumes}", f"of={target}"),
+                *("bs=1M", "conv=sparse", f"count={int(float(size))}"),
                 f"skip={PE_START_MIB + int(extent) * EXTENT_MIB}",
-                f"count={int(float(size))}",
             ],
             check=True,
-            capture_output=True,
         )
         return target
 

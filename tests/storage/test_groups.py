@@ -36,7 +36,7 @@ def started(program: str, memory_bytes: int) -> str:
 
 def test_memory_is_bounded_for_all_processes_together(node: Machine) -> None:
     out = node.run(started(FOUR, 256 << 20), 1)
-    assert "lib.errors.Error: in the sandbox more memory was needed than 256.0 MiB" in out
+    assert "lib.errors.Error: in the sandbox more memory was needed than 256 MiB" in out
     node.run(started(FOUR, 1 << 30))
     assert "No such file" in node.run(f"ls -d {GROUPS}", 2)
     assert "its memory is bounded for all that it runs" in node.run("cloudimage check; true")
