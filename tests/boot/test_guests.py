@@ -1,7 +1,7 @@
 """Guests of many releases: what each makes of its seed, and of what Ganeti does to it later.
 
 A cell is one guest with one value of every other axis; the chosen cells have every value of every
-axis. Those of Debian 12 with netplan are quick, and run with the marker boot too.
+axis. Those of Debian 12 with netplan and BIOS are quick, and run with the marker boot too.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def check(cell: Cell, boot: Boot, public_key: str) -> None:
 
 
 def marks(cell: Cell) -> list[pytest.MarkDecorator]:
-    is_quick = (cell.release, cell.stack) == ("debian-12", "netplan")
+    is_quick = (cell.release, cell.stack, cell.firmware) == ("debian-12", "netplan", "bios")
     return [pytest.mark.boot] if is_quick else []
 
 
