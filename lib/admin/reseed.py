@@ -7,6 +7,7 @@ the seed and leaves the rest alone; the guest reads it at its next boot.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,7 +61,7 @@ def _differs(instance: Instance) -> bool:
 
 def _unasked() -> list[str]:
     """Return the options by which rename asks neither DNS nor the user; Ganeti 3.1 has none."""
-    known = ganeti.call("gnt-instance", "rename", "--help").split()
+    known = re.findall(r"--[a-z-]+", ganeti.call("gnt-instance", "rename", "--help"))
     options = ("--force", "--no-ip-check", "--no-name-check")
     return [option for option in options if option in known]
 
