@@ -14,8 +14,9 @@ from typing import Optional, Union
 
 from lib import log
 from lib.errors import Error
+from lib.workspace import PREFIX, STALE_S
 
-GROUPS, GROUP_PREFIX, STALE_S = Path("/sys/fs/cgroup"), "cloudimage-", 60.0
+GROUPS = Path("/sys/fs/cgroup")
 JOIN = ("/bin/sh", "-c", 'echo 0 > "$0" && exec "$@"')  # and it is the program from then on
 MAX_TASKS = 512  # qemu-img has a thread for each request that it has open
 # A user and group that own nothing and run nothing else: no distribution hands out this number
@@ -156,11 +157,11 @@ def _made_group(limits: Limits) -> Optional[Path]:
     if not has_groups():
         return None
     with suppress(OSError):
-        for each in GROUPS.glob(f"{GROUP_PREFIX}*"):
+        for each in GROUPS.glob(f"{PREFIX}*"):
             with suppress(OSError):  # in use
                 if time.time() - each.stat().st_mtime > STALE_S:
                     each.rmdir()  # a killed run left it
-        group = Path(tempfile.mkdtemp(prefix=GROUP_PREFIX, dir=GROUPS))
+        group = Path(tempfile.mkdtemp(prefix=PREFIX, dir=GROUPS))
         bounds = {"memory.max": limits.memory_bytes, "memory.oom.group": 1, "pids.max": MAX_TASKS}
         try:
             for name, number in bounds.items():

@@ -78,9 +78,7 @@ def test_the_newest_image(name: str, parse: Callable[[str], params.Job]) -> None
         assert str(job.checksum).rpartition("/")[0] == str(job.image).rpartition("/")[0]
 
 
-@pytest.mark.parametrize(
-    "path", sorted((config.BUNDLE / "variants.d").glob("*-arm64.conf")), ids=str
-)
+@pytest.mark.parametrize("path", FOR_ARM64, ids=str)
 def test_one_for_arm64_differs_in_its_urls_only(
     path: Path, parse: Callable[[str], params.Job]
 ) -> None:

@@ -7,7 +7,7 @@ import configparser
 import functools
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,39 +112,40 @@ def read_network_manager(files: Files) -> Facts:
     return facts
 
 
-def read_sysconfig(files: Files) -> Facts:
-    facts = {}
+def ifcfg(files: Files) -> Iterator[tuple[str, dict[str, str], Told]]:
+    """Yield path and keys of each NIC's file, and what RHEL and SUSE say in the same words."""
     resolver = set(re.findall("^nameserver (.*)$", files.get("etc/resolv.conf", ""), re.MULTILINE))
     for path, text in files.items():
         if "/ifcfg-" in path:
             keys = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-            told = facts[keys["DEVICE"]] = Told(dns=set(resolver))
+            told = Told(dns=set(resolver))
             if "IPADDR" in keys:
                 both = ipaddress.ip_interface(f"{keys['IPADDR']}/{keys['NETMASK']}")
                 told.addresses.add(str(both))
-            if "IPV6ADDR" in keys:
-                told.addresses.add(keys["IPV6ADDR"])
-            told.gateways |= {keys[key] for key in ("GATEWAY", "IPV6_DEFAULTGW") if key in keys}
-            told.dns |= {value for key, value in keys.items() if re.fullmatch("DNS[0-9]", key)}
-            told.dhcp |= {4} if keys["BOOTPROTO"] == "dhcp" else set()
-            told.dhcp |= {6} if keys.get("DHCPV6C") == "yes" else set()
+            yield path, keys, told
+
+
+def read_sysconfig(files: Files) -> Facts:
+    facts = {}
+    for _path, keys, told in ifcfg(files):
+        facts[keys["DEVICE"]] = told
+        if "IPV6ADDR" in keys:
+            told.addresses.add(keys["IPV6ADDR"])
+        told.gateways |= {keys[key] for key in ("GATEWAY", "IPV6_DEFAULTGW") if key in keys}
+        told.dns |= {value for key, value in keys.items() if re.fullmatch("DNS[0-9]", key)}
+        told.dhcp |= {4} if keys["BOOTPROTO"] == "dhcp" else set()
+        told.dhcp |= {6} if keys.get("DHCPV6C") == "yes" else set()
     return facts
 
 
 def read_wicked(files: Files) -> Facts:
+    families = {"dhcp": {4}, "dhcp4": {4}, "dhcp6": {6}, "static": set()}
     facts = {}
-    resolver = set(re.findall("^nameserver (.*)$", files.get("etc/resolv.conf", ""), re.MULTILINE))
-    for path, text in files.items():
-        if "/ifcfg-" in path:
-            keys = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-            told = facts[path.rpartition("-")[2]] = Told(dns=set(resolver))
-            if "IPADDR" in keys:
-                both = ipaddress.ip_interface(f"{keys['IPADDR']}/{keys['NETMASK']}")
-                told.addresses.add(str(both))
-            if "IPADDR6" in keys:
-                told.addresses.add(keys["IPADDR6"])
-            families = {"dhcp": {4}, "dhcp4": {4}, "dhcp6": {6}, "static": set()}
-            told.dhcp |= families[keys["BOOTPROTO"]]
+    for path, keys, told in ifcfg(files):
+        facts[path.rpartition("-")[2]] = told
+        if "IPADDR6" in keys:
+            told.addresses.add(keys["IPADDR6"])
+        told.dhcp |= families[keys["BOOTPROTO"]]
     return facts
 
 

@@ -38,7 +38,9 @@ def identified(suite: str, directory: Path, volume: Path) -> str:
 @pytest.mark.parametrize("suite", SUITES)
 def test_ds_identify_sees_the_seed(tmp_path: Path, suite: str) -> None:
     require("blkid", "mkfs.vfat", "mcopy")
-    texts(tmp_path / "seed")
+    (tmp_path / "seed").mkdir()
+    for file, text in texts().items():
+        (tmp_path / "seed" / file).write_bytes(text)
     for size_bytes in (960 * 512, 1984 * 512, 4 << 20, 64 << 20):  # the gaps, a disk of its own
         volume = tmp_path / f"{size_bytes}.img"
         seed.volume(tmp_path / "seed", size_bytes, volume)
@@ -55,7 +57,8 @@ UUID, OTHER = "7eb7a864-32d5-4cce-a37f-4dfde4aaf87e", "11111111-2222-4333-8444-5
 KEY = "ssh-ed25519 AAAA me"
 
 
-def texts(directory: Path, **changed: Any) -> dict[str, bytes]:
+def texts(**changed: Any) -> dict[str, bytes]:
+    """Return the seed's files for one instance, but for what is changed."""
     values: dict[str, Any] = {
         "name": "web1.example.com",
         "uuid": UUID,
@@ -64,10 +67,7 @@ def texts(directory: Path, **changed: Any) -> dict[str, bytes]:
         "vendor_data": b"",
         "network": seed.document(network.config([nic(ip="192.0.2.10", **LAN)], 1, "auto", [], [])),
     }
-    directory.mkdir()
-    for file, text in seed.texts(**{**values, **changed}).items():
-        (directory / file).write_bytes(text)
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return seed.texts(**{**values, **changed})
 
 
 def boots(suite: str, directory: Path, *seeds: dict[str, bytes]) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def boots(suite: str, directory: Path, *seeds: dict[str, bytes]) -> list[dict[st
 @pytest.mark.parametrize("suite", SUITES[1:])
 def test_a_guest_takes_its_seed_is_renamed_and_cloned(tmp_path: Path, suite: str) -> None:
     theirs = b"#cloud-config\npackages: [jq]\n"
-    first = texts(tmp_path / "seed", vendor_data=theirs)
+    first = texts(vendor_data=theirs)
     other_nic = seed.document(network.config([nic(ip="192.0.2.11", **LAN)], 1, "auto", [], []))
     renamed = seed.renamed(first, name="web2.example.com", uuid=UUID, network=other_nic)
     clone = seed.renamed(renamed, name="web3.example.com", uuid=OTHER, network=None)
@@ -134,7 +134,7 @@ VENDOR_DATA: list[tuple[bytes, Optional[list[str]], str, bool]] = [
 @pytest.mark.parametrize("suite", SUITES[1:])
 def test_both_vendor_data_take_effect(tmp_path: Path, suite: str) -> None:
     seeds = [
-        texts(tmp_path / str(n), vendor_data=theirs, uuid=f"{n}{UUID[1:]}")
+        texts(vendor_data=theirs, uuid=f"{n}{UUID[1:]}")
         for n, (theirs, *_expected) in enumerate(VENDOR_DATA)
     ]
     for made, (theirs, packages, script, at_boot) in zip(
@@ -166,8 +166,8 @@ def test_the_users_own_wins_over_the_clusters_default(tmp_path: Path, suite: str
     default = EXAMPLES["apt-proxy.yaml"].encode() + b"packages: [jq]\n"
     own = b"#cloud-config\npackages: [vim]\n"
     seeds = [
-        texts(tmp_path / "default", vendor_data=default),
-        texts(tmp_path / "own", vendor_data=default, user_data=own, uuid=OTHER),
+        texts(vendor_data=default),
+        texts(vendor_data=default, user_data=own, uuid=OTHER),
     ]
     first, second = boots(suite, tmp_path, *seeds)
     assert (first["packages"], second["packages"]) == (["jq"], ["vim"])
@@ -179,7 +179,7 @@ def test_the_users_own_wins_over_the_clusters_default(tmp_path: Path, suite: str
 def test_the_password_of_the_default_user(tmp_path: Path, suite: str) -> None:
     password = "$6$abcdefgh$" + "x" * 86
     theirs = b"#cloud-config\npackages: [jq]\n"
-    given = texts(tmp_path / "seed", vendor_data=theirs, password_hash=password)
+    given = texts(vendor_data=theirs, password_hash=password)
     (made,) = boots(suite, tmp_path, given)
     assert made["cfg"]["password"] == password
     assert made["cfg"]["chpasswd"] == {"expire": False}

@@ -22,7 +22,7 @@ ALLOWED = {
     "errors": set(),
     "log": {"errors"},
     "environment": {"errors"},
-    "sandbox": {"errors", "log"},
+    "sandbox": {"errors", "log", "workspace"},
     "workspace": set(),
     "run": {"errors", "log", "sandbox"},
     "compression": {"errors", "log", "run", "sandbox"},

@@ -26,9 +26,9 @@ from tests.images import disk_image
 from tests.scripts.conftest import UUID, Door, seed_files
 from tests.test_network import LAN, LAN6, MACS, nic
 from tests.test_renderers import CASES, SERVERS
+from tests.test_stages import OTHER, texts
 
 PINS = ROOT / "tests/cloudbase-init.txt"
-OTHER_UUID = "11111111-2222-4333-8444-555555555555"
 PLUGINS = """
 username=Admin
 plugins=cloudbaseinit.plugins.common.sethostname.SetHostNamePlugin,
@@ -122,18 +122,6 @@ def test_windows_takes_what_create_wrote(
     assert made["log"] == ""
 
 
-def texts(**changed: Any) -> dict[str, bytes]:
-    values: dict[str, Any] = {
-        "name": "web1.example.com",
-        "uuid": UUID,
-        "ssh_keys": [KEY],
-        "user_data": b"",
-        "vendor_data": b"",
-        "network": seed.document(network.config([nic(ip="192.0.2.10", **LAN)], 1, "auto", [], [])),
-    }
-    return seed.texts(**{**values, **changed})
-
-
 def test_every_network_of_version_1(tmp_path: Path) -> None:
     boots: list[list[Boot]] = []
     for n, (nics, _facts) in enumerate(CASES.values()):
@@ -198,9 +186,7 @@ def test_a_rename_is_not_followed_a_clone_is_new(tmp_path: Path) -> None:
     first = texts()
     other = seed.document(network.config([nic(ip="192.0.2.11", **LAN)], 1, "auto", [], []))
     renamed = seed.renamed(first, name="web2.example.com", uuid=UUID, network=other)
-    clone = seed.renamed(
-        renamed, name="web3-of-our-cluster.example.com", uuid=OTHER_UUID, network=other
-    )
+    clone = seed.renamed(renamed, name="web3-of-our-cluster.example.com", uuid=OTHER, network=other)
     boots: list[Boot] = [
         (shown(tmp_path / str(n), files), []) for n, files in enumerate([first, renamed, clone])
     ]
