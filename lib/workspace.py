@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 from typing import Optional
 
 MEMORY = Path("/run")
 PREFIX, STALE_S = "cloudimage-", 60.0
+MARKED = 0o1700  # the sticky bit says nothing here, and no folder of others has it by chance
 
 
 @contextmanager
@@ -29,13 +31,17 @@ def folder(parent: Optional[Path] = None) -> Iterator[Path]:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.fchmod(descriptor, MARKED)
             yield Path(name)
         finally:
             os.close(descriptor)
 
 
 def sweep(parent: Path) -> None:
-    """Remove the folders that killed runs left: those that nobody has locked for a minute."""
+    """Remove the folders that killed runs left: marked ones that nobody has locked for a minute.
+
+    A name alone is no proof: in /var/tmp an administrator's own folder may have it too.
+    """
     for left in parent.glob(f"{PREFIX}*"):
         try:
             descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -44,7 +50,8 @@ def sweep(parent: Path) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(descriptor)
-            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > STALE_S:
+            is_ours = status.st_uid == os.geteuid() and S_IMODE(status.st_mode) == MARKED
+            if is_ours and time.time() - status.st_mtime > STALE_S:
                 shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
             pass

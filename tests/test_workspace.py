@@ -34,7 +34,7 @@ def age(path: Path) -> None:
 
 def test_folder(tmp_path: Path) -> None:
     with workspace.folder(tmp_path) as work:
-        assert stat.S_IMODE(work.stat().st_mode) == 0o700
+        assert stat.S_IMODE(work.stat().st_mode) == workspace.MARKED == 0o1700
         (work / "secret").write_text("x")
     assert list(tmp_path.iterdir()) == []
 
@@ -64,9 +64,10 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     parent.mkdir()
     (parent / "cloudimage-link").symlink_to(elsewhere)
     (parent / "cloudimage-file").touch()
+    (parent / "cloudimage-backups1").mkdir(0o700)  # an administrator's, of a name like ours
     (parent / "other").mkdir()
     for each in (elsewhere, *parent.iterdir()):
         age(each)
     workspace.sweep(parent)
-    assert len(list(parent.iterdir())) == 3
+    assert len(list(parent.iterdir())) == 4
     assert (elsewhere / "file").exists()
