@@ -76,10 +76,12 @@ def instance(name: str) -> Instance:
     variables = {"INSTANCE_NAME": values["name"], "INSTANCE_UUID": values["uuid"]}
     if variant:
         variables["OS_VARIANT"] = variant
-    for parameter, value in _literal(values["osparams"]).items():
-        variables[common.variable(parameter)] = str(value)
+    # --static asks no node and waits for no lock: hooks of a job may call this while it runs
+    info = call("gnt-instance", "info", "--static", values["name"])
+    parameters = {**_of_the_cluster(info), **_literal(values["osparams"])}
+    variables.update({common.variable(key): str(value) for key, value in parameters.items()})
     variables.update(_nics(values))
-    variables.update(_disks(values["name"], _literal(values["disk.names"])))
+    variables.update(_disks(info, _literal(values["disk.names"])))
     if values["oper_state"] not in ("Y", "N"):
         raise Error(f"{values['name']}: node {values['pnode']} does not tell its state")
     # one that is marked up and has crashed is Ganeti's to stop, too
@@ -112,12 +114,17 @@ def network(name: str) -> dict[str, str]:
     return {key: value for key, value in zip(_VARIABLES, row[1:]) if value not in ("", "-")}
 
 
-def _disks(name: str, names: list[Optional[str]]) -> dict[str, str]:
-    """Return the disks, with their paths where these do not depend on their being active.
+def _of_the_cluster(info: str) -> dict[str, str]:
+    """Return the OS parameters that gnt-os modify set and the instance has not.
 
-    --static asks no node and waits for no lock: hooks of a job may call this while it runs.
+    list has them for an OS without variants only (Ganeti's Query/Instance.hs), info for all.
     """
-    info = call("gnt-instance", "info", "--static", name)
+    part = info.partition("\n  Operating system parameters: \n")[2].partition("\n  Allocated ")[0]
+    return dict(re.findall(r"^    ([a-z_-]+): default \((.*?)\)$", part, re.MULTILINE | re.DOTALL))
+
+
+def _disks(info: str, names: list[Optional[str]]) -> dict[str, str]:
+    """Return the disks, with their paths where these do not depend on their being active."""
     variables = {"DISK_COUNT": str(len(names))}
     for index, own in enumerate(names):
         if own is not None:

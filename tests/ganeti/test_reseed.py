@@ -60,6 +60,22 @@ def test_reseed(pair: Cluster, node: str) -> None:
     assert "a.example" in after["network-config"]
 
 
+def test_parameters_of_the_whole_cluster(pair: Cluster, node: str) -> None:
+    """Ganeti gives them to rename, so diff must know them too."""
+    stopped_with(pair, 20)
+    text = "dns_search=b.example,dns_servers=192.0.2.53 192.0.2.54,vendor_data=#!/bin/sh\n(true)\n"
+    pair.run(f"gnt-os modify -O '{text}' cloudimage+default")
+    try:
+        assert '+      "192.0.2.54"' in pair.run(f"{COMMAND} seed --diff {NAME}", 3)
+        pair.run(f"{COMMAND} reseed {NAME}")
+        assert "192.0.2.54" in seed(pair)["network-config"]
+        assert "a.example" in seed(pair)["network-config"]  # the instance's own comes first
+        assert pair.run(f"{COMMAND} seed --diff {NAME}") == ""
+    finally:
+        words = "dns_search=default,dns_servers=default,vendor_data=default"
+        pair.run(f"gnt-os modify -O {words} cloudimage+default")
+
+
 def test_a_running_instance(pair: Cluster, node: str) -> None:
     stopped_with(pair, 20)
     pair.run(f"gnt-instance startup {NAME}")
