@@ -234,6 +234,13 @@ def test_a_reader_that_goes_away(command: Command) -> None:
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("words", ["cache", "cache --json", "variants debian-12"])
+def test_nobody_wants_to_read(command: Command, words: str) -> None:
+    argv = ["sh", "-c", f"exec {command.program} {words} >&-"]
+    done = subprocess.run(argv, env=command.environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- progress --------------------------------------------------------------------------------
 
 

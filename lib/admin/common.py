@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -114,7 +113,7 @@ def days(seconds: float) -> str:
 
 def show(line: str) -> None:
     """Print lines on standard output, whatever is in them."""
-    sys.stdout.write("\n".join(map(_clean, line.split("\n"))) + "\n")
+    print("\n".join(map(_clean, line.split("\n"))))
 
 
 def _clean(line: str) -> str:
@@ -123,4 +122,4 @@ def _clean(line: str) -> str:
 
 def show_json(data: Any) -> None:
     """Print a value as JSON, in ASCII."""
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    print(json.dumps(data, indent=1))
