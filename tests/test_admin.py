@@ -22,6 +22,7 @@ from tests.test_cli import Command, command, image
 
 __all__ = ["command", "disk", "image"]  # fixtures
 Disk = Callable[..., Path]
+NICS = ["--net", "0", "--net", "1:ip=192.0.2.1,mode=routed"]
 NETWORK = "subnet=192.0.2.0/24,gateway=192.0.2.1"
 
 
@@ -149,7 +150,6 @@ def test_explain_resolves_the_name(command: Command, image: Path) -> None:
     ("words", "error"),
     [
         (["--net", "ip=192.0.2.1"], "--net ip=192.0.2.1: has no number; write 0:KEY=..."),
-        (["--net", "1:ip=192.0.2.1"], "--net: NICs [1] are given; number them from 0, each once"),
         (["--net", "0:ips=192.0.2.1"], "--net 0:ips: is unknown; did you mean ip?"),
         (["--net", "0:ip=pool"], "--net 0:ip=pool: there is no network; add network=NAME"),
         (
@@ -160,15 +160,40 @@ def test_explain_resolves_the_name(command: Command, image: Path) -> None:
             ["--net", f"0:ip=10.0.0.1,{NETWORK}"],
             "writing network-config: NIC_0_IP=",
         ),
+        (["--net", "0:ip"], "--net 0: ip: has no value; write NAME=VALUE; a comma in a value is"),
         (["--disk", "0:size=much"], "--disk 0:size=much: must be a size such as 20G"),
         (["--name", "a b"], "INSTANCE_NAME='a b' is not of the form that Ganeti uses"),
-        (["-O", "sead=gap"], "OSP_SEAD: unknown OS parameter; did you mean seed?"),
+        (["-O", "image=/i,sead=gap"], "OSP_SEAD: unknown OS parameter; did you mean seed?"),
     ],
 )
 def test_explain_refuses(command: Command, image: Path, words: list[str], error: str) -> None:
     done = command("explain", "-o", "default", "-O", f"image={image}", *words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith(f"ERROR: {error}")
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (["--net", "0"], []),
+        (["--net", "0:ip=none,network=none,name=None,mac=auto,bridge=br0"], []),
+        (["--net", "1:ip=192.0.2.1,mode=routed"], NICS),  # Ganeti makes NIC 0 too
+        (["--name", "VM1.Example.com."], ["--name", "vm1.example.com"]),
+        (["--disk", "0:size=0.01G"], ["--disk", "0:size=12M"]),
+        (["--disk", "0:size=11.5"], ["--disk", "0:size=12"]),
+        (["-O", "image=/nonexistent,seed=none", "-O", "image={image}"], []),
+    ],
+)
+def test_explain_reads_options_as_ganeti_does(
+    command: Command, image: Path, words: list[str], same: list[str]
+) -> None:
+    given = ["explain", "-o", "default", "-O", f"image={image}"]
+    one, other = (
+        command(*given, *(word.replace("{image}", str(image)) for word in each))
+        for each in (words, same)
+    )
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == other.stdout
 
 
 @pytest.mark.parametrize(

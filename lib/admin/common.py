@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -34,11 +34,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add -O, as gnt-instance has it; given several times, all count."""
+    """Add -O, as gnt-instance has it: of several the last counts."""
     words = "OS parameters, as for gnt-instance add"
-    parser.add_argument(
-        "-O", dest="settings", metavar="NAME=VALUE,...", action="append", default=[], help=words
-    )
+    parser.add_argument("-O", dest="settings", metavar="NAME=VALUE,...", default="", help=words)
 
 
 def split(text: str) -> list[str]:
@@ -55,7 +53,7 @@ def split(text: str) -> list[str]:
 def pairs(option: str, text: str) -> dict[str, str]:
     """Parse NAME=VALUE,NAME=VALUE; `option` is where it was given."""
     found = {}
-    for part in split(text):
+    for part in split(text) if text else ():
         name, equals, value = part.partition("=")
         if not equals:
             shown = log.printable(log.redact(part), 80)
@@ -71,13 +69,9 @@ def variable(parameter: str) -> str:
     return "OSP_" + parameter.upper().replace("-", "_")
 
 
-def parameters(settings: Sequence[str]) -> dict[str, str]:
+def parameters(settings: str) -> dict[str, str]:
     """Return the variables that Ganeti makes of -O."""
-    found = {}
-    for setting in settings:
-        for name, value in pairs("-O", setting).items():
-            found[variable(name)] = value
-    return found
+    return {variable(name): value for name, value in pairs("-O", settings).items()}
 
 
 def environment(variables: Optional[Mapping[str, str]] = None) -> Environment:
@@ -96,7 +90,7 @@ def store() -> Cache:
     return obtain.store(params.load_config(environment()))
 
 
-def job(image: str, settings: Sequence[str] = ()) -> Job:
+def job(image: str, settings: str = "") -> Job:
     """Return the job of a variant's name, or of an image's path or URL."""
     variables = parameters(settings)
     variables.update({"OSP_IMAGE": image} if "/" in image else {"OS_VARIANT": image})

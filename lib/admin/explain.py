@@ -22,6 +22,7 @@ EXAMPLE = {
     "INSTANCE_NAME": "instance.example.com",
     "INSTANCE_UUID": "00000000-0000-4000-8000-000000000000",
 }
+GRAIN_BYTES = 4 << 20  # what Ganeti rounds the size of a disk to
 _NET_KEYS = {
     "mac": "MAC",
     "ip": "IP",
@@ -32,7 +33,7 @@ _NET_KEYS = {
     "subnet6": "NETWORK_SUBNET6",
     "gateway6": "NETWORK_GATEWAY6",
 }
-_IGNORED = {"link", "vlan"}  # Ganeti's, of no matter to the guest
+_IGNORED = {"bridge", "link", "vlan"}  # Ganeti's, of no matter to the guest
 
 
 def add(commands: common.Subparsers) -> None:
@@ -60,10 +61,11 @@ def add(commands: common.Subparsers) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    variables = {**EXAMPLE, "INSTANCE_NAME": args.name, **common.parameters(args.settings)}
+    name = args.name.lower().rstrip(".")  # as Ganeti keeps it (netutils.py, GetNormalizedName)
+    variables = {**EXAMPLE, "INSTANCE_NAME": name, **common.parameters(args.settings)}
     _base, _plus, variant = args.os.rpartition("+")
     variables["OS_VARIANT"] = variant or args.os
-    variables.update(_nics(args.nets, args.name))
+    variables.update(_nics(args.nets, name))
     disks = _disks(args.disks)
     env = common.environment(variables)
     job = params.parse(env)
@@ -181,22 +183,24 @@ def _fit(job: Job, image: BinaryIO, disks: _Disks) -> dict[str, str]:
 
 
 def _indexed(option: str, text: str) -> tuple[int, dict[str, str]]:
-    index, colon, rest = text.partition(":")
-    if not index.isdecimal() or len(index) > 2 or not colon:
+    index, _colon, rest = text.partition(":")
+    if not index.isdecimal() or len(index) > 2:
         raise Error(f"{option} {log.printable(text, 80)}: has no number", "write 0:KEY=...")
     return int(index), common.pairs(f"{option} {index}:", rest)
 
 
 def _nics(nets: Sequence[str], instance: str) -> dict[str, str]:
-    """Return the variables of the NICs; one without --net has none, and so asks for DHCP."""
+    """Return the variables of the NICs; one without --net has none, and so asks for DHCP.
+
+    Ganeti's "none" is the same as to say nothing, and it makes the NICs below the last number.
+    """
     variables: dict[str, str] = {}
     given = dict(_indexed("--net", text) for text in nets) or {0: {}}
-    if sorted(given) != list(range(len(given))):
-        raise Error(f"--net: NICs {sorted(given)} are given", "number them from 0, each once")
-    for number, keys in sorted(given.items()):
+    for number in range(max(given) + 1):
+        keys = {key: text for key, text in given.get(number, {}).items() if text.lower() != "none"}
         prefix = f"NIC_{number}_"
         variables[f"{prefix}MAC"] = f"aa:00:00:00:00:{number:02x}"
-        if keys.get("mac") == "generate":
+        if keys.get("mac") in ("auto", "generate"):
             del keys["mac"]
         name = keys.pop("network", None)
         if name is not None:
@@ -212,7 +216,7 @@ def _nics(nets: Sequence[str], instance: str) -> dict[str, str]:
             variables[f"{prefix}IP"] = _from_pool(number, variables)
         if keys.get("ip") == "auto":
             variables[f"{prefix}IP"] = _resolved(number, instance)
-    return {**variables, "NIC_COUNT": str(len(given))}
+    return {**variables, "NIC_COUNT": str(max(given) + 1)}
 
 
 def _from_pool(index: int, variables: dict[str, str]) -> str:
@@ -240,7 +244,7 @@ def _resolved(index: int, instance: str) -> str:
 def _disks(options: Sequence[str]) -> _Disks:
     disk0_bytes, has_seed_disk = None, False
     for number, keys in (_indexed("--disk", text) for text in options):
-        size_bytes = _size(number, keys.get("size"))
+        size_bytes = _size(number, keys.get("size", ""))
         if number == 0:
             disk0_bytes = size_bytes
         elif keys.get("name") == commands.SEED_DISK:
@@ -248,9 +252,10 @@ def _disks(options: Sequence[str]) -> _Disks:
     return _Disks(disk0_bytes, has_seed_disk)
 
 
-def _size(index: int, text: Optional[str]) -> int:
+def _size(index: int, text: str) -> int:
+    """Return bytes: MiB if no unit is given, rounded up (Ganeti's utils/text.py, ParseUnit)."""
     try:
-        # Ganeti's own unit, where none is given, is MiB (utils/text.py, ParseUnit)
-        return config.size_bytes(f"{text}M" if (text or "").isdecimal() else text or "")
+        size_bytes = config.size_bytes(f"{text}M" if text[-1:].isdecimal() else text)
     except ValueError as error:
-        raise Error(f"--disk {index}:size={text or ''}: must be {error}") from None
+        raise Error(f"--disk {index}:size={text}: must be {error}") from None
+    return -(-size_bytes // GRAIN_BYTES) * GRAIN_BYTES

@@ -110,10 +110,11 @@ def overlay(directory: Path, folder: str, accept: Callable[[Path], bool]) -> lis
 
 def size_bytes(value: str) -> int:
     """Parse a size: a number with K, M, G or T (binary, as for gnt-instance --disk)."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+    number = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)"
+    match = re.fullmatch(rf"{number}\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
     if not match:
         raise ValueError("a size such as 20G")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def duration_s(value: str) -> float:

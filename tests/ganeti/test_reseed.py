@@ -160,9 +160,30 @@ def test_explain_asks_ganeti_for_the_network(pair: Cluster, images: Path) -> Non
     )
     assert '"gateway": "10.77.0.1"' in out
     out = pair.run(
-        f"{COMMAND} explain -o default -O image={images}/small.raw --net 0:network=none", 1
+        f"{COMMAND} explain -o default -O image={images}/small.raw --net 0:network=nowhere", 1
     )
     assert "ERROR: gnt-network list: " in out
+
+
+def test_explain_takes_what_add_takes(pair: Cluster, images: Path) -> None:
+    """The four files are those that create writes, but for the UUID and the MACs."""
+    options = f"-o cloudimage+default -O image=/nonexistent -O image={images}/small.raw"
+    options += " --disk 0:size=0.04G --net 0:ip=none,network=none,name=none,bridge=br0"
+    options += " --net 2:ip=10.77.0.44,network=lan,mac=generate"
+    add = "gnt-instance add -t file -n node1.example.com -B memory=256M --no-start --no-name-check"
+    pair.run(f"{add} --no-ip-check {options} VM2.Example.com.")
+    try:
+        found = pair.run(f"{COMMAND} seed --json --show-secrets vm2.example.com")
+        asked = "gnt-instance list --no-headers --separator=, -o uuid,nic.macs vm2.example.com"
+        uuid, *macs = pair.run(asked).strip().split(",")
+    finally:
+        pair.run("gnt-instance remove -f --shutdown-timeout=0 vm2.example.com")
+    explain = f"{COMMAND} explain --name VM2.Example.com. --json --show-secrets {options}"
+    said = pair.run(f"{explain} 2> /dev/null")
+    for number, mac in enumerate(macs):
+        found = found.replace(mac, f"aa:00:00:00:00:{number:02x}")
+    found = found.replace(uuid, "00000000-0000-4000-8000-000000000000")
+    assert json.loads(said)["seed"] == json.loads(found)["files"]
 
 
 def test_check_on_every_node(pair: Cluster) -> None:
