@@ -371,6 +371,9 @@ def test_the_newest_of_an_index(command: Command, image: Path) -> None:
         command.variant("indexed", INDEXED.format(base=base))
         assert command("fetch", "indexed").returncode == 0
         assert server.count("/v-10.10.qcow2") == 1
+        # any name that a group can have
+        command.variant("other", INDEXED.replace("release", "Build1").format(base=base))
+        assert command("explain", "-o", "other").stdout.count("digest          sha256:") == 1
         done = command("fetch", "indexed")
         assert "is in the cache (sha256 as expected)" in done.stderr
         # an index that is none any more: the last good image serves
@@ -394,6 +397,7 @@ def test_the_newest_of_an_index(command: Command, image: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("image = https://h/{Release1}", "must be without other {names} than {arch}"),
         ("image = https://h/{release}", "must be without other {names} than {arch}"),
         ("image = https://h/{b}\nindex = https://h/\nindex_match = (?P<a>x)", "named groups of"),
         ("image = https://h/a\nindex = https://h/\nindex_match = (x", "index_match or end_of_life"),

@@ -72,7 +72,7 @@ def filled(value: str) -> str:
 def names(value: object) -> set[str]:
     """Return the {names} in a value that the vendor's index must fill in."""
     text = str(value.url or value.path) if isinstance(value, Location) else str(value)
-    return set(re.findall(r"\{([a-z_]+)\}", text))
+    return set(re.findall(r"\{(\w+)\}", text))
 
 
 def location(value: str) -> Location:

@@ -52,7 +52,7 @@ def _version(groups: dict[str, str]) -> list[tuple[int, str]]:
 
 def _filled(value: Any, values: dict[str, str]) -> Any:
     def fill(text: Optional[str]) -> Optional[str]:
-        return text and re.sub(r"\{([a-z_]+)\}", lambda each: values[each[1]], text)
+        return text and re.sub(r"\{(\w+)\}", lambda each: values[each[1]], text)
 
     if isinstance(value, Location) and value.url is not None:
         return Location(url=fill(value.url))
