@@ -43,6 +43,9 @@ def test_the_shipped_example_is_the_defaults(tmp_path: Path) -> None:
     [
         ("[cache]\nmax_size = lots", "[cache] max_size=lots: must be a size such as 20G"),
         ("[cache]\nmax_age = -1", "[cache] max_age=-1: must be a duration such as 60s, 12h or 30d"),
+        ("[cache]\nmax_age = 1month", "[cache] max_age=1month: must be a duration such as 60s"),
+        ("[http]\nno_proxy = 10.0.0.0/99", "[http] no_proxy=10.0.0.0/99: must be hosts, .domains"),
+        ("[http]\nno_proxy = a.example/8", "[http] no_proxy=a.example/8: must be hosts, .domains"),
         ("[cache]\ndir = cache", "[cache] dir=cache: must be an absolute path"),
         ("[http]\nproxy = proxy:3128", "[http] proxy=proxy:3128: must be a URL such as"),
         ("[http]\nretries = many", "[http] retries=many: must be a number below 1000"),
@@ -54,7 +57,7 @@ def test_the_shipped_example_is_the_defaults(tmp_path: Path) -> None:
         ("[mirror]\nhttps://a = mirror", "[mirror] mirror: is not an http or https URL; write"),
         ("[http]\nproxi = x", "unknown key proxi in [http]; did you mean proxy?"),
         ("[defaults]\nuserdata = x", "unknown key userdata in [defaults]; did you mean user_data?"),
-        ("dir = /x", "File contains no section headers"),
+        ("dir = /x", "File contains no section headers. file: "),
         ("[cache]\ndir = /x\ndir = /y", "option 'dir' in section 'cache' already exists"),
     ],
 )
@@ -68,6 +71,12 @@ def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
 def test_not_text(tmp_path: Path) -> None:
     (tmp_path / "cloudimage.conf").write_bytes(b"\xff\xfe")
     with pytest.raises(Error, match="is not UTF-8 text"):
+        config.load(tmp_path, params.NAMES)
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "cloudimage.conf").symlink_to("nowhere")
+    with pytest.raises(Error, match="reading the configuration: No such file or directory: "):
         config.load(tmp_path, params.NAMES)
 
 
@@ -91,7 +100,15 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("0", 0), ("512", 512), ("1k", 1024), ("20G", 20 << 30), ("3 GiB", 3 << 30), ("1T", 1 << 40)],
+    [
+        ("0", 0),
+        ("512", 512),
+        ("1k", 1024),
+        ("20G", 20 << 30),
+        ("3 GiB", 3 << 30),
+        ("1.5G", 3 << 29),
+        ("1T", 1 << 40),
+    ],
 )
 def test_sizes(value: str, expected: int) -> None:
     assert config.size_bytes(value) == expected
@@ -103,6 +120,7 @@ def test_sizes(value: str, expected: int) -> None:
         ("10", 10),
         ("60s", 60),
         ("5 min", 300),
+        ("1.5 hours", 5400),
         ("12h", 43200),
         ("30 days", 30 * 86400),
         ("2w", 1209600),

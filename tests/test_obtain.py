@@ -208,6 +208,15 @@ def test_a_mirror_serves_and_the_list_decides(
         assert not node.config().places(origin.url("/public/image"))[1:]
 
 
+def test_a_mirror_may_want_a_password(node: Node, images: tuple[Path, Path]) -> None:
+    data = images[0].read_bytes()
+    private = {"/image": httpd.protected("me", "s3cret", httpd.content(data))}
+    with httpd.serve({}) as origin, httpd.serve(private) as mirror:
+        node.configure(f"[mirror]\n{origin.url('')} = {mirror.url('', user='me:s3cret')}\n")
+        assert node.image(origin.url("/image")) == data
+        assert all("Authorization" not in seen.headers for seen in origin.seen)
+
+
 def test_an_etag_is_for_the_server_that_gave_it(node: Node, images: tuple[Path, Path]) -> None:
     """Another server's 304 to it would vouch for an image that it never had."""
     old, new = (path.read_bytes() for path in images)

@@ -24,8 +24,10 @@ DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
 FILE_LIMIT_BYTES = 1 << 20
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_NO_PROXY = re.compile(r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5}|/[0-9]{1,2})?")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_NO_PROXY = re.compile(
+    r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5})?|[0-9.]{7,15}/([1-9]|[12][0-9]|3[0-2])"
+)
+_SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 7 * 86400}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -71,7 +73,7 @@ def read_ini(
     try:
         parser.read_string(text, os.fspath(path))
     except configparser.Error as error:
-        raise Error(f"{path}: {printable(str(error), 200)}") from error
+        raise Error(f"{path}: {printable(' '.join(str(error).split()), 200)}") from error
     problems = []
     for section in parser.sections():
         if section not in sections:
@@ -118,11 +120,12 @@ def size_bytes(value: str) -> int:
 
 
 def duration_s(value: str) -> float:
-    """Parse a duration: seconds, or a number with s, m, h, d or w (or the whole word)."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([smhdw]?)[a-z]*", value.strip())
-    if not match:
+    """Parse a duration: seconds, or a number with s, m, h, d or w (or more of the word)."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([a-z]*)", value.strip())
+    units = [seconds for word, seconds in _SECONDS.items() if match and word.startswith(match[2])]
+    if not match or not units:
         raise ValueError("a duration such as 60s, 12h or 30d")
-    return float(match[1]) * _SECONDS[match[2] or "s"]
+    return float(match[1]) * units[0]
 
 
 def _timeout_s(value: str) -> float:
@@ -251,7 +254,7 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
         keys = known.setdefault(section, [])
         assert keys is not None  # only mirror has keys of any name
         keys.append(key)
-    given = read_ini(path, known) if path.exists() else {}
+    given = read_ini(path, known) if os.path.lexists(path) else {}  # a link may lead nowhere
     values: dict[str, Any] = {}
     problems = []
     for section, key, parse, default in _SETTINGS:
@@ -263,8 +266,8 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
     mirrors = {}
     for pair in given.get("mirror", {}).items():
         try:
-            origin, mirror = (url.parse(each).bare.rstrip("/") + "/" for each in pair)
-            mirrors[origin] = mirror
+            origin, _mirror = (url.parse(each).bare.rstrip("/") + "/" for each in pair)
+            mirrors[origin] = pair[1].rstrip("/") + "/"  # with user and password, if it has them
         except Error as error:
             problems.append(f"{path}: [mirror] {error.message}; write https://ORIGIN = URL")
     if problems:
