@@ -61,7 +61,7 @@ def skipped(directory: Path) -> list[str]:
             place = base / "hooks.d" / folder
             if not place.is_dir():
                 continue
-            for path in sorted(each for each in place.iterdir() if each.is_file()):
+            for path in sorted(each for each in place.iterdir() if not each.is_dir()):
                 if _LEFTOVER.search(path.name):
                     continue
                 way_out = _obstacle(path) if folder else "move it into pre or post beside it"
@@ -78,14 +78,20 @@ def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
     """
     for script in find(directory, phase):
         log.step(f"hook {phase}/{script.name}")
-        with run.process(
-            [os.fspath(script)],
-            stderr=run.STDOUT,
-            environment={**environment, "CLOUDIMAGE_PHASE": phase},
-        ) as child:
-            for line in _lines(child, f"hook {phase}/{script.name}"):
-                log.step(f"{script.name}: {line.decode('ascii', 'backslashreplace').rstrip()}")
-            status = child.wait()
+        try:
+            with run.process(
+                [os.fspath(script)],
+                stderr=run.STDOUT,
+                environment={**environment, "CLOUDIMAGE_PHASE": phase},
+            ) as child:
+                for line in _lines(child, f"hook {phase}/{script.name}"):
+                    log.step(f"{script.name}: {line.decode('ascii', 'backslashreplace').rstrip()}")
+                status = child.wait()
+        except OSError as error:  # what is missing is mostly not the file, but what it names
+            raise Error(
+                f"hook {phase}/{script.name} cannot be started: {error.strerror}",
+                "let its first line be #! and a program that is there, without a carriage return",
+            ) from error
         if status != 0:
             words = f"status {status}" if status > 0 else f"signal {-status}"
             raise Error(
