@@ -45,3 +45,18 @@ def test_credentials_and_name() -> None:
 def test_what_is_none(text: str) -> None:
     with pytest.raises(Error, match=r"is malformed|is not an http"):
         url.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pw@host/a@2x.img?sig=1", "https://***@host/a@2x.img?***"),
+        ("https://me:p/w@host/a?sig=1", "https://***@host/a?***"),
+        ("https://me:p#w@host/a", "https://***@host/a"),
+        ("https://me:p?w@host/a", "https://***@"),
+        ("https://me:p/w@host/a?mail=me@host&sig=1", "https://***@"),
+        ("proxy:3128", "proxy:3128"),
+    ],
+)
+def test_what_a_log_may_show(text: str, shown: str) -> None:
+    assert url.shown(text) == shown

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lib.errors import Error, describe, several
-from lib.log import printable, redact
+from lib.log import printable
 from lib.settings import url
 
 BUNDLE = Path(__file__).resolve().parent.parent.parent
@@ -262,7 +262,7 @@ def load(directory: Path, parameters: Collection[str]) -> Config:
         try:
             values[f"{section}_{key}"] = parse(value)
         except ValueError as error:
-            problems.append(f"{path}: [{section}] {key}={redact(value)}: must be {error}")
+            problems.append(f"{path}: [{section}] {key}={url.shown(value)}: must be {error}")
     mirrors = {}
     for pair in given.get("mirror", {}).items():
         try:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional, Union
 from lib import log
 from lib.environment import Environment
 from lib.errors import Error, several
-from lib.settings import config, values
+from lib.settings import config, url, values
 from lib.settings.config import Config
 from lib.settings.values import FORMATS, Checksum, Document, Location
 
@@ -203,7 +203,7 @@ class Given(NamedTuple):
         """The text as a log may show it."""
         if self.parameter.quiet and self.origin != "default":
             return "(not shown)" if self.text else ""
-        return log.printable(log.redact(self.text), 80)
+        return log.printable(url.shown(self.text), 80)
 
 
 class Variant(NamedTuple):

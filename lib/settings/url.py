@@ -35,13 +35,24 @@ class Url:
         return self.scheme, self.host, self.port
 
 
+def shown(text: str) -> str:
+    """Return what a log may show of a text that may be a URL, a malformed one too.
+
+    There a password may hold what ends a host name: nothing before the last @ is shown, and
+    nothing behind it that may be the query's.
+    """
+    if not _URL.match(text):
+        text = re.sub(r"//[^?]*@(?!.*@)|//.*@.*", "//***@", text)
+    return log.redact(text)
+
+
 def parse(text: str) -> Url:
     """Return what the URL says; Error, without a password in it, if it is none."""
-    # the password may hold what ends a host name, so nothing before the last @ is shown
-    shown = re.sub(r"//.*@", "//***@", log.redact(text))
     if not re.match(r"https?://[^/?#]", text, re.IGNORECASE):
-        raise Error(f"{shown}: is not an http or https URL")
-    malformed = Error(f"{shown}: is malformed", "write % in a password as %25, / as %2F, @ as %40")
+        raise Error(f"{shown(text)}: is not an http or https URL")
+    malformed = Error(
+        f"{shown(text)}: is malformed", "write % in a password as %25, / as %2F, @ as %40"
+    )
     if not _URL.match(text) or re.search(r"[\x00-\x20\x7f\\]", text):
         raise malformed
     try:

@@ -240,6 +240,18 @@ def test_no_secret_is_shown(door: Door) -> None:
     assert SECRET not in "\n".join(lines)
 
 
+@pytest.mark.parametrize("delimiter", "/?#")
+def test_no_password_of_a_malformed_url_is_shown(door: Door, delimiter: str) -> None:
+    url = f"http://user:a{delimiter}{SECRET}@host/image"
+    status, lines = verify(door, OSP_IMAGE=url, OSP_CHECKSUM=url)
+    assert (status, len(lines)) == (1, 2)
+    assert SECRET not in "".join(lines) and "user" not in "".join(lines)
+    door.configure(f"[http]\nproxy = {url}\n")
+    status, lines = verify(door)
+    assert (status, len(lines)) == (1, 1)
+    assert SECRET not in lines[0] and "user" not in lines[0]
+
+
 def test_quick_where_nothing_is_asked_of_the_network(door: Door, image: Path) -> None:
     given = {
         "OSP_IMAGE": str(image),
