@@ -229,12 +229,13 @@ def lying(**headers: str) -> httpd.Behaviour:
         ([httpd.raw(b""), httpd.content(DATA)], [0, 0]),
         ([httpd.raw(b"what?\r\n\r\n"), httpd.content(DATA)], [0, 0]),
         ([raw("Transfer-Encoding: chunked", body=b"zz\r\n"), httpd.content(DATA)], [0, 0]),
+        ([raw("Transfer-Encoding: chunked", body=b"-5\r\n"), httpd.content(DATA)], [0, 0]),
     ],
     ids=[
         "resumed", "resumed-twice", "busy-between", "no-ranges", "no-ranges-chunked",
         "file-changed", "file-changed-size", "416", "weak-etag", "no-etag", "chunked",
         "nothing-came", "other-start", "other-total", "no-content-range", "other-etag",
-        "other-length", "encoded", "dropped", "nonsense", "bad-chunk",
+        "other-length", "encoded", "dropped", "nonsense", "bad-chunk", "negative-chunk",
     ],
 )  # fmt: skip
 def test_broken_connection(behaviours: list[httpd.Behaviour], ranges: list[int]) -> None:
@@ -418,6 +419,12 @@ def test_five_redirects_are_followed_but_not_six() -> None:
 def test_refused_redirect(location: str, words: str) -> None:
     with httpd.serve({"/image": httpd.redirect(location)}) as server:
         assert words in refusal(server.url("/image")).message
+
+
+def test_a_redirect_may_have_spaces() -> None:
+    routes = {"/image": httpd.redirect("/my image.raw"), "/my%20image.raw": httpd.content(DATA)}
+    with httpd.serve(routes) as server:
+        assert get(server.url("/image")) == DATA
 
 
 def test_the_body_of_a_redirect_is_not_read() -> None:

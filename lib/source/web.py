@@ -101,7 +101,10 @@ class Answer:
     def block(self) -> bytes:
         """Return the next BLOCK_BYTES of the body; b"" at its end, which may be too early."""
         with _bounded(self.shown, self.options, self.options.read_timeout_s):
-            data: bytes = self.response.raw.read(BLOCK_BYTES, decode_content=False)
+            try:
+                data: bytes = self.response.raw.read(BLOCK_BYTES, decode_content=False)
+            except ValueError as error:  # http.client takes -5 for the size of a chunk
+                raise Broken("a chunk of the body is malformed") from error
         return data
 
     def failure(self) -> Exception:
@@ -214,8 +217,8 @@ def _netrc(url: Url) -> Optional[Credentials]:
 
 def _redirected(url: Url, location: str, shown: str) -> Url:
     """Return where a redirect leads; the credentials that it may name are not for use."""
-    # http.client reads headers as latin-1, servers write UTF-8
-    location = location.encode("latin-1").decode("utf-8", "replace")
+    # http.client reads headers as latin-1, servers write UTF-8, and spaces that everybody encodes
+    location = location.encode("latin-1").decode("utf-8", "replace").replace(" ", "%20")
     try:
         joined = urljoin(url.bare, location)
     except ValueError as error:
