@@ -321,6 +321,20 @@ def test_good_ova(tmp_path: Path, members: bytes) -> None:
     assert unpacked(tmp_path, members + END) == DISK
 
 
+@pytest.mark.parametrize("href", ["a%20b.vmdk", "a b.vmdk"])
+@pytest.mark.parametrize("algorithm", ["sha1", "sha256", "sha512"])
+def test_an_ova_packed_by_hand(tmp_path: Path, href: str, algorithm: str) -> None:
+    require("openssl", "tar")
+    (tmp_path / "a.ovf").write_bytes(ovf(href=href))
+    (tmp_path / "a b.vmdk").write_bytes(DISK)
+    for argv in (
+        ["openssl", "dgst", f"-{algorithm}", "-out", "a.mf", "a.ovf", "a b.vmdk"],
+        ["tar", "--format=ustar", "-cf", "a.ova", "a.ovf", "a.mf", "a b.vmdk"],
+    ):
+        subprocess.run(argv, cwd=tmp_path, check=True)
+    assert unpacked(tmp_path, (tmp_path / "a.ova").read_bytes()) == DISK
+
+
 DIFFERS = "the OVA's manifest has another digest of "
 BAD_OVA = {
     **{

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Optional
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from lib import log
@@ -29,7 +30,8 @@ _SIDE_SUFFIXES = (
 )
 _DISK_SUFFIXES = (".img", ".qcow2", ".raw", ".vdi", ".vhd", ".vhdx", ".vmdk")
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,200})=")
-_MANIFEST_LINE = re.compile(rb"(SHA1|SHA256|SHA512) ?\((.+)\) ?= ?([0-9a-fA-F]+)")
+# openssl's, with openssl 3 SHA2-256(name)= HEX
+_MANIFEST_LINE = re.compile(rb"SHA(?:2-)?(1|256|512) ?\((.+)\) ?= ?([0-9a-fA-F]+)")
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def check_ova(side: Mapping[str, Optional[bytes]], disk: str, output: BinaryIO) 
         names = f"{descriptors[0]!r} and {descriptors[1]!r}"
         raise Error(f"the archive holds two descriptors, {names}", "repack it with one")
     reference = _disk_reference(side[descriptors[0]] or b"")
-    if reference != disk:
+    if disk not in (reference, unquote(reference)):  # a URL by DSP0243; not all who write encode
         raise Error(f"the OVA's descriptor is about {reference!r}, the disk in it is {disk!r}")
     for name in side:
         if name.lower().endswith(".mf"):
@@ -265,7 +267,7 @@ def _check_manifest(
         if name != disk and content is None:
             continue  # too large to be kept: nothing is read of it
         file = output if content is None else io.BytesIO(content)
-        key = (match[1].decode(), name)
+        key = (f"sha{match[1].decode()}", name)
         if key not in digests:
             digests[key] = _digest(key[0], file)
         if digests[key] != match[3].decode().lower():
