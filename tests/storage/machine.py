@@ -42,7 +42,7 @@ PREPARE = """set -e
 # an emulated node takes more than 5 s to answer, and 10 s to begin with an export
 cd /usr/share/ganeti/3.0/ganeti
 sed -i 's/^RPC_CONNECT_TIMEOUT = .*/RPC_CONNECT_TIMEOUT = 60/' _constants.py
-sed -Ei 's/DEFAULT_(READY|LISTEN)_TIMEOUT = 10$/DEFAULT_\1_TIMEOUT = 90/' masterd/instance.py
+sed -Ei 's/DEFAULT_(READY|LISTEN)_TIMEOUT = 10$/DEFAULT_\\1_TIMEOUT = 90/' masterd/instance.py
 cd /
 tar -C /srv -xf /dev/vdb
 make -s -C /srv/source install
