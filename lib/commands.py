@@ -213,8 +213,15 @@ def restore(env: Environment) -> None:
 def _spread(target: disk.Target, size_bytes: int) -> None:
     """Move the second GPT to the end of a disk that is larger than its dump.
 
-    What a guest has made of its table is its own matter: a damaged one is restored as it was.
+    What a guest has made of its table is its own matter: a damaged one is restored as it was. Error
+    for a dump without all of what its table names: raw ones tell nothing else of being cut short.
     """
+    end_bytes = partition.end_bytes(target.read, size_bytes)
+    if end_bytes > size_bytes:
+        raise Error(
+            f"the dump is cut short: it has {size_bytes} bytes, and its partitions {end_bytes}",
+            "export it again",
+        )
     try:
         plan = partition.plan(target.read, size_bytes, target.size_bytes, "none")
     except Error as error:

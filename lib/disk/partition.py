@@ -120,6 +120,15 @@ def _protective(mbr: bytes, disk_sectors: int) -> bytes:
     return mbr[:458] + size + mbr[462:]
 
 
+def end_bytes(read: Read, size_bytes: int) -> int:
+    """Return where the last partition ends that the table of a disk or dump names; 0 for none."""
+    try:
+        table = look(_sectors(read, size_bytes))
+    except Error:
+        return 0
+    return max((p.last + 1 for p in table.partitions), default=0) * SECTOR if table else 0
+
+
 def find_seed(read: Read, size_bytes: int) -> Optional[Extent]:
     """Return where a disk has its seed, or None. The disk is the guest's: nothing is trusted.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -292,6 +293,30 @@ def test_damaged_dumps(
     assert result.error.startswith(f"ERROR: importing to {target}: "), result.log
     assert head_is_zero(target)
     assert not any(target.read_bytes()[-MIB:])
+
+
+@pytest.mark.parametrize("table", ["gpt", "mbr"])
+@pytest.mark.parametrize("mib", [MIBS, 2 * MIBS])
+def test_a_raw_dump_that_is_cut(
+    door: Door, disk: Make, tmp_path: Path, table: str, mib: int
+) -> None:
+    """Its table is all that tells."""
+    dump, target = disk_image(tmp_path / "dump", table, MIBS), disk(mib)
+    end = 0
+    for line in subprocess.check_output(["sfdisk", "--dump", dump], text=True).splitlines():
+        if found := re.search(r"start= *([0-9]+), size= *([0-9]+)", line):
+            end = max(end, 512 * (int(found[1]) + int(found[2])))
+    os.truncate(dump, end - 512)
+    target.write_bytes(OLD * mib * MIB)
+    result = restore(door, dump, target)
+    assert result.status == 1
+    assert result.error == (
+        f"ERROR: importing to {target}: the dump is cut short: it has {end - 512} bytes, and its"
+        f" partitions {end}; export it again"
+    )
+    assert head_is_zero(target)
+    os.truncate(dump, end)  # without the second GPT: somebody took what counts
+    assert restore(door, dump, target).status == 0
 
 
 @pytest.mark.parametrize("fmt", ["qcow2", "vmdk", "vhdx"])
