@@ -564,6 +564,18 @@ def test_two_urls_are_two_entries(first: dict[str, str], second: dict[str, str])
     assert key(with_user) == key(first)
 
 
+def test_what_lies_beside_the_disk_needs_no_room_on_it(
+    node: Node, images: tuple[Path, Path], tmp_path: Path
+) -> None:
+    raw, size_bytes = images[0], images[0].stat().st_size
+    (tmp_path / "tools.iso").write_bytes(os.urandom(size_bytes + (20 << 20)))
+    members = ("-C", raw.parent, raw.name, "-C", tmp_path, "tools.iso")
+    subprocess.run(["tar", "-cf", tmp_path / "tar", *members], check=True)
+    with httpd.serve({"/image": httpd.content((tmp_path / "tar").read_bytes())}) as server:
+        with obtain.raw_image(node.job(server.url("/image")), size_bytes) as got:
+            assert got.file.read() == raw.read_bytes()
+
+
 def test_what_is_announced_too_large_is_not_fetched(node: Node, images: tuple[Path, Path]) -> None:
     with httpd.serve(
         {"/image": httpd.content(b"", headers={"Content-Length": "200000000000"})}
@@ -571,5 +583,5 @@ def test_what_is_announced_too_large_is_not_fetched(node: Node, images: tuple[Pa
         job = node.job(server.url("/image"))
         with pytest.raises(Error) as caught, obtain.raw_image(job, 64 << 20):
             pass
-    assert caught.value.message == f"{server.url('/image')}: is larger than the limit of 80.6 MiB"
+    assert caught.value.message == f"{server.url('/image')}: is larger than the limit of 8.1 GiB"
     assert caught.value.hint is not None and "--disk 0:size=" in caught.value.hint

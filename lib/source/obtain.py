@@ -221,11 +221,14 @@ def _fetch(
 
 
 def _options(settings: Config, room_bytes: Optional[int]) -> fetch.Options:
-    """Return how to download: no format takes more than a hundredth beside the disk's bytes."""
+    """Return how to download: with the disk may come snapshots, and 8 GiB beside it in an archive.
+
+    The decoder has the limits that count; this one is for what can only be a mistake.
+    """
     options = locations.options(settings)
     if room_bytes is None:
         return options
-    limit = room_bytes + room_bytes // 100 + (16 << 20)
+    limit = 2 * room_bytes + (8 << 30)  # archive.BESIDE_BYTES
     if limit >= options.max_size_bytes:
         return options
     hint = "it cannot fit on the disk; make that larger (--disk 0:size=...)"
