@@ -220,7 +220,7 @@ def _spread(target: disk.Target, size_bytes: int) -> None:
     if end_bytes > size_bytes:
         raise Error(
             f"the dump is cut short: it has {size_bytes} bytes, and its partitions {end_bytes}",
-            "export it again",
+            "export it again, or import it as it is to a disk of exactly its size",
         )
     try:
         plan = partition.plan(target.read, size_bytes, target.size_bytes, "none")

@@ -312,7 +312,7 @@ def test_a_raw_dump_that_is_cut(
     assert result.status == 1
     assert result.error == (
         f"ERROR: importing to {target}: the dump is cut short: it has {end - 512} bytes, and its"
-        f" partitions {end}; export it again"
+        f" partitions {end}; export it again, or import it as it is to a disk of exactly its size"
     )
     assert head_is_zero(target)
     os.truncate(dump, end)  # without the second GPT: somebody took what counts
