@@ -57,14 +57,18 @@ def test_the_shipped_example_is_the_defaults(tmp_path: Path) -> None:
         ("[mirror]\nhttps://a = mirror", "[mirror] mirror: is not an http or https URL; write"),
         ("[http]\nproxi = x", "unknown key proxi in [http]; did you mean proxy?"),
         ("[defaults]\nuserdata = x", "unknown key userdata in [defaults]; did you mean user_data?"),
-        ("dir = /x", "File contains no section headers. file: "),
+        ("# ours\npassword: secret", ": line 2 is before any [section]"),
+        (
+            "[defaults]\nuser_data = #cloud-config\npassword: secret\nssh_pwauth: true",
+            ": line 3 is no KEY = VALUE; indent all lines of a text but its first",
+        ),
         ("[cache]\ndir = /x\ndir = /y", "option 'dir' in section 'cache' already exists"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(Error) as caught:
         load(tmp_path, text)
-    assert words in str(caught.value)
+    assert words in str(caught.value) and "secret" not in str(caught.value)
     assert str(tmp_path / "cloudimage.conf") in str(caught.value)
 
 

@@ -72,6 +72,12 @@ def read_ini(
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     try:
         parser.read_string(text, os.fspath(path))
+    # the words of these two quote a line, which may be one of user data
+    except configparser.MissingSectionHeaderError as error:
+        raise Error(f"{path}: line {error.lineno} is before any [section]") from error
+    except configparser.ParsingError as error:
+        words = f"line {error.errors[0][0]} is no KEY = VALUE"
+        raise Error(f"{path}: {words}", "indent all lines of a text but its first") from error
     except configparser.Error as error:
         raise Error(f"{path}: {printable(' '.join(str(error).split()), 200)}") from error
     problems = []
