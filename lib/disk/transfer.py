@@ -176,11 +176,9 @@ def load(opened: AbstractContextManager[BinaryIO], target: Target) -> int:
 def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
     with opened as stream:
         widen(stream)
-        block = stream.read(BLOCK_BYTES)
-        if not block:
-            raise Error("the dump is empty", "look for why the export wrote nothing")
+        block = first = stream.read(BLOCK_BYTES)
         for signature, name in IMAGES.items():
-            if block.startswith(signature):
+            if first.startswith(signature):
                 raise Error(
                     f"the dump is a {name} image and not the raw bytes of a disk",
                     "gnt-instance add -O image= takes it, or qemu-img convert -O raw first",
@@ -188,3 +186,5 @@ def _received(opened: AbstractContextManager[BinaryIO]) -> Blocks:
         while block:
             yield block
             block = stream.read(BLOCK_BYTES)
+    if not first:  # a decompressor that failed has said so by now
+        raise Error("the dump is empty", "look for why the export wrote nothing")

@@ -351,6 +351,23 @@ def test_an_empty_dump(door: Door, disk: Make, tmp_path: Path) -> None:
     assert target.read_bytes() == OLD * 2 * MIB
 
 
+def test_a_dump_that_needs_too_much_memory(
+    door: Door, disk: Make, source: Path, tmp_path: Path
+) -> None:
+    require("zstd")
+    target, dump = disk(MIBS), tmp_path / "dump"
+    with dump.open("wb") as output:  # of a pipe zstd does not know that it is small
+        command = ["zstd", "-q", "--long=31"]
+        subprocess.run(command, input=source.read_bytes(), stdout=output, check=True)
+    before = target.read_bytes()
+    result = restore(door, dump, target)
+    assert result.status == 1
+    assert result.error.startswith(
+        f"ERROR: importing to {target}: unpacking zst: it needs more memory to unpack than is"
+    )
+    assert target.read_bytes() == before
+
+
 def test_a_sender_that_dies(door: Door, disk: Make, source: Path, tmp_path: Path) -> None:
     target, dump = disk(MIBS), tmp_path / "dump"
     assert export(door, source, dump).status == 0
