@@ -209,12 +209,14 @@ def _unusable(path: Path, error: OSError) -> Error:
 def _user(path: Path) -> str:
     """Name who holds a disk, as far as the kernel tells."""
     number = os.stat(path).st_rdev
-    name = f"{os.major(number)}:{os.minor(number)}"
+    disk = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    parts = [each.parent for each in disk.glob("*/partition")]
+    names = {disk.name, *((part / "dev").read_text().strip() for part in parts)}
     with open("/proc/self/mountinfo", encoding="ascii", errors="backslashreplace") as mounts:
         for fields in map(str.split, mounts):
-            if fields[2] == name:
+            if fields[2] in names:
                 return f"mounted on {fields[4]}"
-    holders = sorted(map(_device, Path(f"/sys/dev/block/{name}/holders").glob("*")))
+    holders = sorted(_device(each) for part in (disk, *parts) for each in part.glob("holders/*"))
     return f"part of {' '.join(holders)}" if holders else "by a running instance or another create"
 
 

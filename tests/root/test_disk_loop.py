@@ -98,20 +98,28 @@ def test_splice(old: Path, loop: Callable[..., Path]) -> None:
     assert old.read_bytes()[: 5 * 512] == OLD * 3 * 512 + b"a" * 512 + OLD * 512
 
 
-def test_mounted_device(tmp_path: Path, loop: Callable[..., Path]) -> None:
-    require("mkfs.ext4", "mount")
+@pytest.mark.parametrize("part", ["", "p1"])
+def test_mounted_device(tmp_path: Path, loop: Callable[..., Path], part: str) -> None:
+    require("mkfs.ext4", "mount", "sfdisk", "partx")
     backing, point = tmp_path / "backing", tmp_path / "point"
     backing.write_bytes(bytes(12 * MIB))
     point.mkdir()
-    run.run(["mkfs.ext4", "-q", str(backing)])
+    offset = MIB if part else 0
+    if part:
+        run.run(["sfdisk", "--quiet", str(backing)], input=b"label: gpt\nstart=2048, size=20480\n")
+    run.run(["mkfs.ext4", "-q", "-E", f"offset={offset}", str(backing), "10M"])
     before = backing.read_bytes()
     device = loop(backing)
-    run.run(["mount", "--options", "ro", str(device), str(point)])
+    if part:
+        run.run(["partx", "--add", str(device)])
+    run.run(["mount", "--options", "ro", f"{device}{part}", str(point)])
     try:
         with pytest.raises(Error) as caught:
             create(image(tmp_path / "image"), device)
     finally:
         run.run(["umount", str(point)])
+        if part:
+            run.run(["partx", "--delete", str(device)])
     assert str(caught.value) == (
         f"{device}: in use: mounted on {point}; release it and run this again"
     )
