@@ -47,7 +47,7 @@ _REASONS = (
         "fetch it again",
     ),
     (
-        r"trailing|garbage|unknown frame|unsupported format",
+        r"trailing|garbage|unknown (frame|header)|unsupported format",
         "there is data behind its end",
         "pack it again",
     ),

@@ -893,6 +893,8 @@ RAW_ITEMS = [
     _no_image("tar", b"ustar", "the archive is damaged", 257),
     _no_image("zip", b"PK\x03\x04", "a zip archive"),
     _no_image("7zip", b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    _no_image("cpio", b"070701", "a cpio archive"),
+    _no_image("cpio-odc", b"070707", "a cpio archive"),
     _no_image("wim", b"MSWIM\0\0\0", "a WIM archive"),
     _no_image("squashfs", b"hsqs", "a squashfs file system"),
     _no_image("elf", b"\x7fELF", "an ELF program"),

@@ -164,6 +164,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: pack(pack(DISK, "xz", "-c"), "zstd", "-c"),
         "the image is packed twice: there is xz in it; unpack it once",
     ),
+    "byte-behind-zst": (
+        lambda: pack(DISK, "zstd", "-c") + b"A",
+        "unpacking zst: there is data behind its end",
+    ),
     "flipped-gz": (
         lambda: pack(DISK, "gzip", "-c")[:-8] + bytes(8),
         "unpacking gz: it is damaged; fetch it again",

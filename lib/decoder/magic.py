@@ -63,6 +63,7 @@ _FOREIGN = (
     ("a tar archive", 257, b"ustar", _UNPACK),
     ("a zip archive", 0, b"PK\x03\x04", _UNPACK),
     ("a 7-Zip archive", 0, b"7z\xbc\xaf\x27\x1c", _UNPACK),
+    ("a cpio archive", 0, b"07070", _UNPACK),
     ("a WIM archive", 0, b"MSWIM\0\0\0", _UNPACK),
     ("a squashfs file system", 0, b"hsqs", "give a disk image, not the file system of a live CD"),
     ("an ELF program", 0, b"\x7fELF", _ADDRESS),
