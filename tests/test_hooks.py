@@ -71,6 +71,16 @@ def test_a_failing_hook_is_named(pre: Path, tmp_path: Path, script: str, words: 
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("#!/bin/sh\r\ntrue\r\n", "No such file or directory"), ("true\n", "Exec format error")],
+)
+def test_a_hook_that_names_no_program(pre: Path, tmp_path: Path, text: str, words: str) -> None:
+    hook(pre, "10-bad", "").write_bytes(text.encode())
+    with pytest.raises(Error, match=f"hook pre/10-bad cannot be started: {words}; let its first"):
+        hooks.call(tmp_path, "pre", {})
+
+
 def test_a_hook_that_others_can_write_is_refused(pre: Path, tmp_path: Path) -> None:
     hook(pre, "10-bad", f"touch {tmp_path}/never", 0o757)
     with pytest.raises(Error, match=r"10-bad: others than root can write this file"):
@@ -91,12 +101,14 @@ def test_what_will_not_run_is_said(
         hook(pre, name, "true")
     hook(pre, "60-mode", "true", 0o644)
     hook(pre.parent, "70-top", "true")
+    (pre / "80-link").symlink_to("nowhere")
     hooks.warn(tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": will not run")[0] for line in lines] == [
         f"WARNING: {pre.parent}/70-top",
         f"WARNING: {pre}/20-ntp.sh",
         f"WARNING: {pre}/60-mode",
+        f"WARNING: {pre}/80-link",
     ]
 
 
