@@ -58,6 +58,7 @@ def test_keys_that_ssh_keygen_makes(tmp_path: Path, kind: str, bits: int) -> Non
 CUT = "ssh_keys line 1: the ssh-ed25519 key is damaged or cut; copy the whole line again"
 NO_KEY = "ssh_keys line 1: no OpenSSH public key; write it as ssh-ed25519 AAAA... comment"
 BAD_KEYS = {
+    "a list of YAML": (f"- {ED25519}", NO_KEY),
     "cut": (ED25519[:-8], CUT),
     "cut inside base64": (ED25519[:-3], CUT),
     "no base64": ("ssh-ed25519 S3cret!", CUT),

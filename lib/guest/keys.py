@@ -42,7 +42,8 @@ def _key(line: str) -> str:
     if not line.replace("\t", " ").isprintable():
         raise Error("bytes that are no text", "give one public key a line")
     options, rest = _split_options(line)
-    for front, key in ([], line), ([options], rest):
+    # an option begins with a letter; sshd takes no key behind anything else, a list's "- " say
+    for front, key in ([], line), ([options], rest if options[:1].isalpha() else ""):
         words = key.split(None, 2)
         kind = words[0] if words else ""
         if re.fullmatch(r"(ssh|ecdsa|sk)-[a-z0-9@.-]+", kind):
