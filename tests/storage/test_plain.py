@@ -22,7 +22,7 @@ BEHIND = 32 * MIB  # where the image ends, and the next partition would begin
 # what an old guest leaves where the image does not reach
 STALE = """set -e
 head -c 64M /dev/zero | tr '\\0' '\\377' > $disk
-mke2fs -q -F $disk
+mke2fs -q -F -t ext4 $disk
 loop=$(losetup --find --show --offset=$behind $disk)
 pvcreate --quiet $loop
 losetup --detach $loop
