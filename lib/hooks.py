@@ -7,6 +7,7 @@ import re
 import select
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Optional
 
@@ -77,25 +78,30 @@ def call(directory: Path, phase: str, environment: Mapping[str, str]) -> None:
     a hook leaves running goes on; a hook that is ended by its time limit takes all with it.
     """
     for script in find(directory, phase):
-        log.step(f"hook {phase}/{script.name}")
-        try:
-            with run.process(
-                [os.fspath(script)],
-                stderr=run.STDOUT,
-                environment={**environment, "CLOUDIMAGE_PHASE": phase},
-            ) as child:
-                for line in _lines(child, f"hook {phase}/{script.name}"):
-                    log.step(f"{script.name}: {line.decode('ascii', 'backslashreplace').rstrip()}")
-                status = child.wait()
-        except OSError as error:  # what is missing is mostly not the file, but what it names
-            raise Error(
-                f"hook {phase}/{script.name} cannot be started: {error.strerror}",
-                "let its first line be #! and a program that is there, without a carriage return",
-            ) from error
+        name = f"hook {phase}/{script.name}"
+        log.step(name)
+        with ExitStack() as stack:
+            try:
+                child = stack.enter_context(
+                    run.process(
+                        [os.fspath(script)],
+                        stderr=run.STDOUT,
+                        environment={**environment, "CLOUDIMAGE_PHASE": phase},
+                    )
+                )
+            except OSError as error:  # what is missing is mostly not the file, but what it names
+                raise Error(
+                    f"{name} cannot be started: {error.strerror}",
+                    "let its first line be #! and a program that is there, without a carriage"
+                    " return",
+                ) from error
+            for line in _lines(child, name):
+                log.step(f"{script.name}: {line.decode('ascii', 'backslashreplace').rstrip()}")
+            status = child.wait()
         if status != 0:
             words = f"status {status}" if status > 0 else f"signal {-status}"
             raise Error(
-                f"hook {phase}/{script.name} ended with {words}",
+                f"{name} ended with {words}",
                 f"see its output above, or take {script} away",
             )
 
