@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -469,6 +470,14 @@ def test_a_variant_past_its_end(command: Command, image: Path, door: Door, disk:
 def test_code_names_lead_to_the_variant(command: Command, name: str, hint: str) -> None:
     done = command("variants", name)
     assert done.stderr.endswith(f"; did you mean {hint}?\n")
+
+
+def test_what_is_no_file_keeps_nobody_waiting(command: Command) -> None:
+    os.mkfifo(command.folder / "variants.d/almalinux-1.conf")
+    assert command("variants", "bookworm").stderr.endswith("; did you mean debian-12?\n")
+    path = command.folder / "variants.d/almalinux-1.conf"
+    done = command("variants", "almalinux-1")
+    assert (done.returncode, done.stderr) == (1, f"ERROR: {path}: is not a regular file\n")
 
 
 def test_fetch_all(command: Command, image: Path) -> None:

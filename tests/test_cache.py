@@ -29,6 +29,7 @@ from lib.source.cache import Cache, Note, Refresh
 from tests.conftest import ROOT, require
 
 KEY = "https://example.com/image.qcow2"
+NOTE = {"url": KEY, "digests": {}, "fetched": "2026-11-27T00:00:00Z"}
 FORK = multiprocessing.get_context("fork")
 # What a process does to the file system, as its profiler sees it
 STEPS = {
@@ -54,7 +55,7 @@ def fill(content: str, size_bytes: int = 0) -> Refresh:
         raw.write_text(content)
         if size_bytes:
             os.truncate(raw, size_bytes)
-        return raw, {"url": KEY, "content": content}
+        return raw, {**NOTE, "content": content}
 
     return refresh
 
@@ -248,6 +249,16 @@ def into_directory(path: Path) -> None:
     path.mkdir()
 
 
+def into_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def into_link(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -267,7 +278,13 @@ def into_directory(path: Path) -> None:
         (on_raw(lambda raw: raw.write_text("OLD")), "which was changed since"),
         (on_raw(Path.unlink), "No such file or directory: "),
         (on_raw(into_directory), "which was changed since"),
-        (into_directory, "Is a directory: "),
+        (into_directory, "is a directory"),
+        (into_fifo, "is not a regular file"),
+        (into_link, "is a symbolic link"),
+        (edited(url=None), "has no url that makes sense"),
+        (edited(digests="sha256"), "has no digests that makes sense"),
+        (edited(fetched=5), "has no fetched that makes sense"),
+        (edited(etag=["v1"]), "has no etag that makes sense"),
     ],
 )
 def test_damage_is_no_entry(
@@ -285,6 +302,25 @@ def test_damage_is_no_entry(
     assert line.startswith(f"WARNING: {note}: ") and line.endswith("; this entry is dropped")
     assert words in line
     assert kinds(cache) == ["json", "lock", "raw"]
+
+
+def test_odd_lock_files_lead_nowhere_and_keep_nobody_waiting(cache: Cache) -> None:
+    use(cache, fill("old"))
+    lock = only(cache, "lock")
+    for spoil in (into_fifo, into_link):
+        spoil(lock)
+        assert use(cache, keep) == "refilled"  # in /var/tmp, with a WARNING
+    assert lock.with_suffix(".moved").stat().st_size == 0
+
+
+def test_a_link_to_a_folder_is_swept_and_not_followed(cache: Cache) -> None:
+    use(cache, fill("old"))
+    folder = cache.directory.parent / "folder"
+    folder.mkdir()
+    only(cache, "json").with_suffix(".work").symlink_to(folder)
+    assert use(cache, keep) == "old"
+    assert kinds(cache) == ["json", "lock", "raw"]
+    assert folder.exists()
 
 
 def test_damage_is_pruned(cache: Cache) -> None:
@@ -472,7 +508,7 @@ def refresh(old, work):
         return None
     time.sleep(0.3)
     (work / "image").write_text("content")
-    return work / "image", {"url": "u"}
+    return work / "image", {"url": "u", "digests": {}, "fetched": "now"}
 
 with Cache(Path(sys.argv[1]), 1 << 30, 3600.0).entry("key", refresh) as entry:
     print("open", flush=True)
@@ -600,7 +636,7 @@ def test_killed_at_random_moments(cache: Cache, tmp_path: Path) -> None:
         "def refresh(old, work):\n"
         "    text = str(old['count'] + 1 if old else 0) * 100000\n"
         "    (work / 'image').write_text(text)\n"
-        "    return work / 'image', {'count': int(text[:1]) % 9, 'content': text}\n"
+        f"    return work / 'image', {{**{NOTE}, 'count': int(text[:1]) % 9, 'content': text}}\n"
         "while True:\n"
         "    with cache.entry('key', refresh):\n"
         "        print(end='.', flush=True)\n"

@@ -304,6 +304,12 @@ def test_a_list_called_after_the_image_names_the_build(suffix: str) -> None:
             checksum.find(text, "Leap-15.6.qcow2", other)
 
 
+def test_a_keyring_that_is_no_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keyring.gpg")
+    with pytest.raises(Error, match=r"/keyring\.gpg: is not a regular file$"):
+        checksum.clearsigned(b"x", tmp_path / "keyring.gpg")
+
+
 def test_a_keyring_that_others_can_write_is_refused(tmp_path: Path) -> None:
     keyring = tmp_path / "keyring.gpg"
     keyring.write_bytes(b"x")

@@ -78,6 +78,12 @@ def test_not_text(tmp_path: Path) -> None:
         config.load(tmp_path, params.NAMES)
 
 
+def test_what_is_no_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cloudimage.conf")
+    with pytest.raises(Error, match=r"/cloudimage\.conf: is not a regular file"):
+        config.load(tmp_path, params.NAMES)
+
+
 def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path) -> None:
     (tmp_path / "cloudimage.conf").symlink_to("nowhere")
     with pytest.raises(Error, match="reading the configuration: No such file or directory: "):

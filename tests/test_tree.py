@@ -15,11 +15,12 @@ from lib.settings import params
 from tests.conftest import ROOT
 
 DOORS = ("create", "export", "import", "rename", "verify")
-GROUND = {"errors", "log", "run", "sandbox", "environment", "compression", "workspace"}
+GROUND = {"errors", "log", "run", "sandbox", "environment", "compression", "workspace", "files"}
 # who may import what: everything else is an arrow too many. A room is the name of its folder.
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
+    "files": {"errors"},
     "log": {"errors"},
     "environment": {"errors"},
     "sandbox": {"errors", "log", "workspace"},

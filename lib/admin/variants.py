@@ -10,6 +10,7 @@ from typing import Any
 from lib import entry, log
 from lib.admin import common
 from lib.errors import Error, several
+from lib.files import open_regular
 from lib.settings import config, params
 from lib.settings.params import Job
 from lib.settings.values import Location
@@ -34,7 +35,10 @@ def listed(directory: Path) -> set[str]:
     path = config.BUNDLE / "variants.list"
     if not path.exists():  # a link to the administrator's, which may be elsewhere
         path = directory / "variants.list"
-    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    if not path.exists():
+        return set()
+    with open_regular(path) as file:
+        lines = file.read().decode("utf-8", "replace").splitlines()
     return {words[0] for words in map(str.split, lines) if words}
 
 

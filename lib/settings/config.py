@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lib.errors import Error, describe, several
+from lib.files import open_regular
 from lib.log import printable
 from lib.settings import url
 
@@ -58,7 +59,7 @@ def read_ini(
     """
     try:
         require_trusted(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(FILE_LIMIT_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError:
         raise Error(f"{path}: is not UTF-8 text") from None

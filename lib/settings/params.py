@@ -10,6 +10,7 @@ import datetime
 import platform
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -229,20 +230,22 @@ def read_variant(env: Environment) -> Variant:
             f"OS_VARIANT={env.variant}: there is no variants.d/{env.variant}.conf",
             _nearest(env.variant, files),
         )
-    known = {"variant": [*NAMES, *VARIANT_KEYS]}
     source = files[env.variant]
-    return Variant(str(source), config.read_ini(source, known).get("variant", {}))
+    return Variant(str(source), _keys(source))
+
+
+def _keys(path: Path) -> Mapping[str, str]:
+    return config.read_ini(path, {"variant": [*NAMES, *VARIANT_KEYS]}).get("variant", {})
 
 
 def _nearest(name: str, files: Mapping[str, Path]) -> str:
     """Return the hint for an unknown variant; code names are in the descriptions."""
     asked = set(re.findall(r"[a-z]+|[0-9.]+", name.lower()))
     for known, path in files.items():
-        text = path.read_text("utf-8", "replace").lower()
-        description = re.search(r"^description *= *(.*)$", text, re.MULTILINE)
-        words = f"{known} {description[1] if description else ''}"
-        if asked and asked <= set(re.findall(r"[a-z]+|[0-9.]+", words)):
-            return f"did you mean {known}?"
+        with suppress(Error):  # a broken one is not what was asked for
+            words = f"{known} {_keys(path).get('description', '')}".lower()
+            if asked and asked <= set(re.findall(r"[a-z]+|[0-9.]+", words)):
+                return f"did you mean {known}?"
     return config.nearest(name, files)
 
 

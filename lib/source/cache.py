@@ -33,6 +33,7 @@ from typing import IO, Any, BinaryIO, Callable, Optional
 
 from lib import log, workspace
 from lib.errors import Error, context, describe
+from lib.files import open_regular
 
 # Raise this when the checks of downloads or images get stronger: what was let in by the weaker
 # ones must not be used again.
@@ -41,6 +42,14 @@ CHECKS_VERSION = 2
 FALLBACK = Path("/var/tmp")
 SAFE = "let nobody but root write there, or change dir in [cache] of cloudimage.conf"
 NOTE_LIMIT_BYTES = 1 << 20
+# a local image's has no validators
+NOTE_KEYS: Mapping[str, Any] = {
+    "url": str,
+    "digests": dict,
+    "fetched": str,
+    "etag": (str, type(None)),
+    "last_modified": (str, type(None)),
+}
 
 Note = Mapping[str, Any]  # JSON
 Refresh = Callable[[Optional[Note], Path], Optional[tuple[Path, Note]]]
@@ -81,6 +90,13 @@ class Stored:
         except FileNotFoundError:
             pass
         return False
+
+
+def check_note(note: Note) -> None:
+    """Raise a ValueError unless the note has what those who read one rely on."""
+    for key, kinds in NOTE_KEYS.items():
+        if not isinstance(note.get(key), kinds):
+            raise ValueError(f"has no {key} that makes sense")
 
 
 def entry_name(key: str) -> str:
@@ -169,7 +185,7 @@ class Cache:
     def _tidy(self) -> None:
         for each in self.prune():
             words = f"{log.size(each.allocated_bytes)}, unused for {each.idle_s / 86400:.0f} days"
-            log.step(f"cache: removed {each.note.get('url', each.name)} ({words})")
+            log.step(f"cache: removed {each.note['url']} ({words})")
 
     def _make_directory(self) -> None:
         """Make the directory and its parents where they are missing; Error if it is unsafe."""
@@ -218,7 +234,7 @@ class Cache:
         path = self._path(name, "lock")
         told = False
         while True:
-            with open(path, "ab") as file:
+            with open(path, "ab", opener=_own) as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -293,7 +309,7 @@ class Cache:
         """Read the note; None if there is none, ValueError if it is damaged or fits no raw file."""
         path = self._path(name, "json")
         try:
-            with path.open("rb") as file:
+            with open_regular(path, follow=False) as file:
                 used = os.fstat(file.fileno()).st_mtime
                 note = json.loads(file.read(NOTE_LIMIT_BYTES))
             if not isinstance(note, dict):
@@ -302,10 +318,13 @@ class Cache:
             return None
         except OSError as error:
             raise ValueError(describe(error)) from error
+        except Error as error:
+            raise ValueError(error.message) from error
         except (ValueError, RecursionError) as error:
             raise ValueError("is not a JSON object") from error
         if note.get("version") != CHECKS_VERSION:
             raise ValueError(f"is of version {note.get('version')!r}, not {CHECKS_VERSION}")
+        check_note(note)
         named = note.get("file")
         if not isinstance(named, str) or not re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.raw", named):
             raise ValueError(f"names the file {named!r}, which is none of this entry")
@@ -346,7 +365,8 @@ class Cache:
         for path in self.directory.glob(f"{name}.*"):
             if path.name not in keep:
                 try:
-                    (shutil.rmtree if path.is_dir() else os.unlink)(path)
+                    is_folder = path.is_dir() and not path.is_symlink()
+                    (shutil.rmtree if is_folder else os.unlink)(path)
                 except OSError as error:
                     log.warning(f"cleaning the cache: {describe(error)}")
 
@@ -356,6 +376,11 @@ def _files(stored: Optional[Stored]) -> set[str]:
     if stored is None:
         return set()
     return {f"{stored.name}.json", f"{stored.name}.lock", stored.raw.name}
+
+
+def _own(path: str, flags: int) -> int:
+    """Open a lock file: what is none leads nowhere else and keeps nobody waiting."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 def _is_named(file: IO[bytes], path: Path) -> bool:

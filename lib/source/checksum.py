@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from lib import run, workspace
 from lib.errors import Error, describe
+from lib.files import open_regular
 from lib.sandbox import Limits, Sandbox
 from lib.settings.config import require_trusted
 
@@ -206,7 +207,8 @@ def _keys(keyring: Path) -> bytes:
     """
     try:
         require_trusted(keyring)
-        data = keyring.read_bytes()
+        with open_regular(keyring) as file:
+            data = file.read()
     except OSError as error:
         raise Error(f"the keyring cannot be read: {describe(error)}") from error
     text = b"\n".join(line.rstrip() for line in data.splitlines())

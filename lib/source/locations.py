@@ -6,15 +6,14 @@ answer at once.
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Optional, TypeVar
 
 from lib import log
 from lib.errors import Error
+from lib.files import open_regular
 from lib.settings.config import Config
 from lib.settings.params import Job
 from lib.settings.values import Document, Location
@@ -26,28 +25,15 @@ T = TypeVar("T")
 
 
 def open_file(path: Path, *, follow: bool = True) -> BinaryIO:
-    """Open a file of the node, once: a regular one, under this very name unless links count."""
-    flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC
+    """Open a file of the node that has something in it; Error for any other."""
     try:
-        descriptor = os.open(path, flags)
+        file = open_regular(path, follow=follow)
     except OSError as error:
-        if error.errno == errno.ELOOP and not follow:
-            raise Error(f"{path}: is a symbolic link", "name the file itself") from error
-        if error.errno == errno.ENXIO:
-            raise Error(f"{path}: is not a regular file") from error
         raise Error(f"{path}: {error.strerror}") from error
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise Error(f"{path}: is a directory", "name an image in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise Error(f"{path}: is not a regular file")
-        if status.st_size == 0:
-            raise Error(f"{path}: is empty")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    if os.fstat(file.fileno()).st_size == 0:
+        file.close()
+        raise Error(f"{path}: is empty")
+    return file
 
 
 def options(settings: Config) -> fetch.Options:

@@ -187,8 +187,8 @@ def _fetch(
             file,
             _options(job.config, room_bytes),
             algorithms=(algorithm,),
-            etag=known["etag"] if known else None,
-            last_modified=known["last_modified"] if known else None,
+            etag=known.get("etag") if known else None,
+            last_modified=known.get("last_modified") if known else None,
             need_framing=expected is None,
             begun=decoding.begun,
         )

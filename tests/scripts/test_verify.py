@@ -141,7 +141,7 @@ def test_missing_files_are_all_named(door: Door) -> None:
         f"ERROR: image: {missing}: No such file or directory",
         f"ERROR: checksum: {missing}.list: No such file or directory",
         f"ERROR: ssh_keys: {missing}: No such file or directory",
-        "ERROR: user_data: /etc: is a directory; name an image in it",
+        "ERROR: user_data: /etc: is a directory; name a file in it",
     ]
 
 
