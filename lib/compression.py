@@ -47,7 +47,8 @@ _REASONS = (
         "fetch it again",
     ),
     (
-        r"trailing|garbage|unknown (frame|header)|unsupported format",
+        # the last is lz4's, which keeps silent about nothing else
+        r"trailing|garbage|unknown (frame|header)|unsupported format|^lz4 failed with status 1\n$",
         "there is data behind its end",
         "pack it again",
     ),
@@ -107,7 +108,7 @@ def widen(pipe: Union[int, IO[bytes]]) -> None:
 
 def _explained(kind: str, error: run.Failed) -> Error:
     for pattern, words, hint in _REASONS:
-        if re.search(pattern, error.words, re.IGNORECASE):
+        if re.search(pattern, f"{error.message}\n{error.words}", re.IGNORECASE):
             return Error(f"unpacking {kind}: {words} ({error.message})", hint)
     said = log.printable(error.words.rpartition("\n")[2], 120) or "it gave no reason"
     return Error(f"unpacking {kind}: {error.message}: {said}", "see whether it is damaged")

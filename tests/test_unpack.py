@@ -182,7 +182,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     **{
         f"garbage-{kind}": (
             lambda tool=tool: pack(DISK, tool, "-c") + b"garbage\n",  # type: ignore[misc]
-            f"unpacking {kind}: {'there is data behind its end; ' if kind == 'gz' else ''}",
+            f"unpacking {kind}: {'there is data behind its end' if kind in ('gz', 'lz4') else ''}",
         )
         for kind, tool in TOOLS.items()
     },
