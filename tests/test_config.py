@@ -62,6 +62,10 @@ def test_the_shipped_example_is_the_defaults(tmp_path: Path) -> None:
             "[defaults]\nuser_data = #cloud-config\npassword: secret\nssh_pwauth: true",
             ": line 3 is no KEY = VALUE; indent all lines of a text but its first",
         ),
+        ("[cache]\ndir = /", "[cache] dir=/: must be a folder for the cache alone, such as /"),
+        ("[cache]\ndir = /etc", "[cache] dir=/etc: must be a folder for the cache alone"),
+        ("[cache]\ndir = /bin/cache", "[cache] dir=/bin/cache: must be a folder for the cache"),
+        ("[cache]\ndir = /tmp/../var/", "[cache] dir=/tmp/../var/: must be a folder for the"),
         ("[cache]\ndir = /x\ndir = /y", "option 'dir' in section 'cache' already exists"),
     ],
 )

@@ -24,6 +24,33 @@ BUNDLE = Path(__file__).resolve().parent.parent.parent
 DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
 FILE_LIMIT_BYTES = 1 << 20
 
+_SYSTEM = set(
+    map(Path, ["/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sbin", "/sys", "/usr"])
+)  # and below
+_SHARED = set(
+    map(
+        Path,
+        [
+            "/",
+            "/home",
+            "/media",
+            "/mnt",
+            "/opt",
+            "/root",
+            "/run",
+            "/srv",
+            "/tmp",
+            "/var",
+            "/var/cache",
+            "/var/lib",
+            "/var/log",
+            "/var/mail",
+            "/var/opt",
+            "/var/spool",
+            "/var/tmp",
+        ],
+    )
+)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _NO_PROXY = re.compile(
     r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5})?|[0-9.]{7,15}/([1-9]|[12][0-9]|3[0-2])"
@@ -117,6 +144,15 @@ def overlay(directory: Path, folder: str, accept: Callable[[Path], bool]) -> lis
 # --- cloudimage.conf -----------------------------------------------------------------------
 
 
+def _cache_dir(value: str) -> Path:
+    """Parse the cache's folder: never one that the system or others have files in."""
+    path = absolute_path(value)
+    real = Path(os.path.realpath(path))
+    if real in _SHARED or _SYSTEM & {real, *real.parents}:
+        raise ValueError("a folder for the cache alone, such as /srv/cloudimage-cache")
+    return path
+
+
 def size_bytes(value: str) -> int:
     """Parse a size: a number with K, M, G or T (binary, as for gnt-instance --disk)."""
     number = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)"
@@ -202,7 +238,7 @@ def _compression(value: str) -> str:
 
 # section, key, parser, default: what the settings mean is told in the README
 _SETTINGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
-    ("cache", "dir", absolute_path, "/var/cache/ganeti-instance-cloudimage"),
+    ("cache", "dir", _cache_dir, "/var/cache/ganeti-instance-cloudimage"),
     ("cache", "max_size", size_bytes, "20G"),
     ("cache", "max_age", _age_s, "30d"),
     ("http", "proxy", _proxy, ""),
