@@ -325,6 +325,9 @@ def _own_keys(variant: Variant, found: Mapping[str, Any], problems: list[str]) -
     keys, where = variant.keys, variant.source
     index, match, end_of_life = None, keys.get("index_match", ""), None
     groups: set[str] = set()
+    if bool(match) != bool(keys.get("index")):
+        words = "index" if match else "index_match"
+        problems.append(f"{where}: {words} is missing; index and index_match need each other")
     try:
         if keys.get("index"):
             index = values.location(keys["index"])
