@@ -6,14 +6,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from types import FrameType
 from typing import Optional
 
 from lib import log
 from lib.environment import Environment
-from lib.errors import Error, causes, describe
+from lib.errors import Error, causes, context, describe
 
 STATUS_FAILED = 1
 STATUS_BUG = 2
@@ -23,34 +24,38 @@ STATUS_USAGE = 2
 class Interrupted(BaseException):
     """SIGTERM, SIGHUP or SIGINT arrived; unwinds every with block once."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number  # as a shell has it
+
 
 def _interrupt(number: int, _frame: Optional[FrameType]) -> None:
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(signal.Signals(number).name)
+    raise Interrupted(number)
 
 
-def guard(action: Callable[[], None], debug: bool) -> int:
+def guard(action: Callable[[], None]) -> int:
     """Run `action`; print what went wrong, the ERROR line last; return the exit status."""
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, _interrupt)
     try:
-        action()
+        with _written():
+            action()
     except Error as error:
-        if debug:
+        if log.is_debugging():
             _trace(error)
         for line in error.lines:
             log.error(line)
         return STATUS_FAILED
     except Interrupted as interrupted:
         log.error(f"interrupted by {interrupted}; nothing is left behind, run it again")
-        return STATUS_FAILED
+        return interrupted.status
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
         log.error("the reader of the output went away; look for its own error")
         return STATUS_FAILED
     except OSError as error:
-        if debug:
+        if log.is_debugging():
             _trace(error)
         log.error(describe(error))
         return STATUS_FAILED
@@ -59,6 +64,20 @@ def guard(action: Callable[[], None], debug: bool) -> int:
         log.error(f"this is a bug: {type(error).__name__}: {error}")
         return STATUS_BUG
     return 0
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Let what the block prints reach its reader; a failure comes now and not at the exit too."""
+    try:
+        yield
+    finally:
+        try:
+            with context("writing the output"):
+                print(end="", flush=True)
+        except (Error, OSError):
+            sys.stdout = open(os.devnull, "w")
+            raise
 
 
 def _trace(error: BaseException) -> None:
@@ -103,7 +122,6 @@ def run(
         words = log.printable(" ".join(given)) or "none"
         log.error(f"arguments {words!r}: expected {' '.join(arguments) or 'none'}")
         return STATUS_USAGE
-    debug = environ.get("DEBUG_LEVEL", "0") not in ("", "0")
-    if debug:
+    if environ.get("DEBUG_LEVEL", "0") not in ("", "0"):
         log.enable_debug()
-    return guard(lambda: command(Environment.from_environ(environ)), debug)
+    return guard(lambda: command(Environment.from_environ(environ)))

@@ -43,6 +43,12 @@ def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def _prefixed(doing: str, line: str) -> str:
+    """Say what was being done to what; what failed may name the same object, and once is enough."""
+    what, colon, rest = line.partition(": ")
+    return f"{doing}: {rest if colon and f' {doing}'.endswith(f' {what}') else line}"
+
+
 @contextmanager
 def context(doing: str) -> Iterator[None]:
     """Prefix what fails inside with what was being done: a gerund and its object.
@@ -52,8 +58,8 @@ def context(doing: str) -> Iterator[None]:
     try:
         yield
     except Error as error:
-        error.message = f"{doing}: {error.message}"
-        error.lines = tuple(f"{doing}: {line}" for line in error.lines)
+        error.message = _prefixed(doing, error.message)
+        error.lines = tuple(_prefixed(doing, line) for line in error.lines)
         raise
     except BrokenPipeError:
         raise  # who reads our output knows why it went away

@@ -24,6 +24,11 @@ def enable_debug() -> None:
     _debug = True
 
 
+def is_debugging() -> bool:
+    """Say whether enable_debug() was called."""
+    return _debug
+
+
 def printable(text: str, limit: int = LINE_LIMIT) -> str:
     """Return `text` as one line of printable ASCII, cut to `limit` characters."""
     escaped = text.encode("ascii", "backslashreplace").decode("ascii")
@@ -34,7 +39,9 @@ def printable(text: str, limit: int = LINE_LIMIT) -> str:
 def redact(text: str) -> str:
     """Return `text` with the credentials and the query taken out of every URL in it."""
     text = re.sub(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@", r"\1***@", text)
-    return re.sub(r"(\bhttps?://[^\s?#'\"]*)\?[^\s#'\"]*", r"\1?***", text)
+    # what follows a URL in a sentence stays
+    query = r"(\bhttps?://[^\s?#'\"]*)\?[^\s#'\"]*?([:;,]?(?=[\s#'\"]|$))"
+    return re.sub(query, r"\1?***\2", text, flags=re.IGNORECASE)
 
 
 def _write(prefix: str, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Optional
 
 from lib import run
@@ -32,6 +33,7 @@ CORE = ("bwrap", "mcopy", "mkfs.vfat", "prlimit", "qemu-img", "sfdisk", "unshare
 _TRIAL_S = 10.0
 
 
+@cache
 def version(tool: str) -> str:
     """Return the version that an installed tool tells, "" for none; both streams are looked at."""
     option = {"mkfs.vfat": "--help", "bzip2": "--help"}.get(tool, "--version")

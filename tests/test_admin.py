@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,15 @@ def test_explain_resolves_the_name(command: Command, image: Path) -> None:
         ),
         (["--net", "0:ip"], "--net 0: ip: has no value; write NAME=VALUE; a comma in a value is"),
         (["--disk", "0:size=much"], "--disk 0:size=much: must be a size such as 20G"),
+        (["--net", "0:ip=auto", "--name", "a..b"], "--net 0:ip=auto: a..b: is no host's name"),
+        (["--net", "0:ip=pool,subnet=lan"], "--net 0:subnet=lan: 'lan' does not appear to be an"),
+        (
+            ["--net", "0:ip=pool,subnet=10.0.0.0/32,gateway=10.0.0.0"],
+            "--net 0:ip=pool: 10.0.0.0/32",
+        ),
+        (["--net", "0:network=-x"], "'-x' is no network's name; gnt-network list shows them"),
+        (["--name", ""], "--name: is empty; give the instance's name"),
+        (["-o", ""], "the variant's name is empty; cloudimage variants lists them"),
         (["--name", "a b"], "INSTANCE_NAME='a b' is not of the form that Ganeti uses"),
         (["-O", "image=/i,sead=gap"], "OSP_SEAD: unknown OS parameter; did you mean seed?"),
     ],
@@ -293,6 +303,8 @@ def test_a_fit_node(command: Command) -> None:
     assert any(row.startswith("the sandbox starts; its memory is bounded") for row in rows["ok"])
     assert f"cache {command.cache}: safe, can be written" in rows["ok"]
     assert any(row.startswith("qemu-img ") for row in rows["ok"])
+    debugged = command("--debug", "check").stderr
+    assert debugged.count("/qemu-img --version\n") == 1
     assert list(command.cache.iterdir()) == []
 
 
@@ -315,6 +327,15 @@ def test_an_unfit_node(command: Command, tmp_path: Path) -> None:
     assert "variant broken: " in warnings
     assert "variant unsigned: /none.gpg: No such file or directory" in warnings
     assert "a.sh: will not run; use letters, digits" in warnings
+
+
+def test_what_is_wrong_with_the_configuration_is_no_fault_of_each_variant(
+    command: Command,
+) -> None:
+    (command.folder / "cloudimage.conf").write_text("[cache]\nmax_size = much\n")
+    status, rows = findings(command)
+    assert status == 1
+    assert len(rows["error"]) == 2  # the configuration, and the variants as a whole
 
 
 def test_a_node_without_tools(command: Command) -> None:
@@ -341,6 +362,41 @@ def test_an_entry_that_came_damaged(command: Command, image: Path) -> None:
     done = command("receive", "a" * 64, base64.b64encode(text).decode(), image)
     assert done.stderr == f"ERROR: {image}: is no file of cloudimage push\n"
     assert image.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"not JSON", "Expecting value: "),
+        (b"[]", "is not a JSON object"),
+        (b"{}", "has no url that makes sense"),
+        (b'{"url": "u", "digests": {}, "fetched": "now"}', "'raw_sha256'"),
+    ],
+)
+def test_a_note_that_came_damaged(command: Command, text: bytes, words: str) -> None:
+    packed = Path("/var/tmp/cloudimage-push-test_1.zst")
+    packed.touch()
+    done = command("receive", "a" * 64, base64.b64encode(text).decode(), packed)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"ERROR: receive: the note of the entry is damaged: {words}")
+    assert not packed.exists()
+
+
+@pytest.mark.parametrize("name", ["", "-x", "--all", "*", "a b", "a|b"])
+def test_what_is_no_name_is_not_asked_of_ganeti(command: Command, name: str) -> None:
+    for words in (["seed"], ["seed", "--diff"], ["reseed"]):
+        done = command(*words, "--", name)
+        assert (
+            done.stderr == f"ERROR: {name!r} is no instance's name; gnt-instance list shows them\n"
+        )
+    done = command("push", "--", name)
+    assert done.stderr == f"ERROR: {name!r} is no node's name; gnt-node list shows them\n"
+
+
+def test_push_takes_nodes_or_all(command: Command) -> None:
+    assert command("push", "--all-nodes", "node1").returncode == 2
+    done = command("push", "--entry", "", "node1")
+    assert done.stderr == "ERROR: --entry : no such entry; cloudimage cache lists them\n"
 
 
 # --- the catalogue -----------------------------------------------------------------------------
@@ -402,6 +458,8 @@ def test_the_newest_of_an_index(command: Command, image: Path) -> None:
         ("image = https://h/{release}", "must be without other {names} than {arch}"),
         ("image = https://h/{b}\nindex = https://h/\nindex_match = (?P<a>x)", "named groups of"),
         ("image = https://h/a\nindex = https://h/\nindex_match = (x", "index_match or end_of_life"),
+        ("image = https://h/a\nindex = https://h/", "index_match is missing; index and index_"),
+        ("image = https://h/a\nindex_match = (?P<a>x)", "index is missing; index and index_match"),
         ("image = https://h/a\nend_of_life = soon", "(YYYY-MM-DD): Invalid isoformat string"),
     ],
 )
@@ -441,6 +499,24 @@ def test_variants_are_asked_for(command: Command, image: Path) -> None:
     assert [(row["name"], row["state"]) for row in rows] == [
         ("alias", "ok"), ("gone", "error"), ("indexed", "ok"), ("unlisted", "error"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_asks_the_servers_can_be_interrupted(command: Command, number: signal.Signals) -> None:
+    with httpd.serve({"/image": httpd.hang, "/SUMS": httpd.hang}) as server:
+        command.variant("mine", f"image = {server.url('/image')}\nchecksum = {server.url('/SUMS')}")
+        argv = [str(command.program), "variants", "--check", "mine", "default"]
+        child = subprocess.Popen(
+            argv, env=command.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while not server.seen:
+            assert child.poll() is None
+        child.send_signal(number)
+        _out, err = child.communicate(timeout=10)
+        assert err == f"ERROR: interrupted by {number.name}; nothing is left behind, run it again\n"
+        assert child.returncode == 128 + number
+        with pytest.raises(ProcessLookupError):
+            os.killpg(child.pid, 0)
 
 
 def test_a_variant_past_its_end(command: Command, image: Path, door: Door, disk: Disk) -> None:

@@ -188,7 +188,12 @@ def test_replaced_while_in_use(cache: Cache) -> None:
 
 @pytest.mark.parametrize(
     "failure",
-    [Error("digest differs", "try"), OSError(5, "I/O error"), Interrupted("SIGTERM"), ValueError()],
+    [
+        Error("digest differs", "try"),
+        OSError(5, "I/O error"),
+        Interrupted(signal.SIGTERM),
+        ValueError(),
+    ],
     ids=lambda failure: type(failure).__name__,
 )
 def test_what_refresh_raises_passes_through(cache: Cache, failure: BaseException) -> None:
@@ -604,7 +609,7 @@ def test_lock_that_was_removed_while_waited_for(
 def test_waiter_can_be_interrupted(cache: Cache, capfd: pytest.CaptureFixture[str]) -> None:
     with child(lambda: use(cache, lambda _old, _work: signal.pause())) as first:
         wait_until(lambda: cache.directory.is_dir() and "work" in kinds(cache))
-        with child(lambda: sys.exit(guard(partial(act, cache, "use"), False))) as second:
+        with child(lambda: sys.exit(guard(partial(act, cache, "use")))) as second:
             wait_until(lambda: is_blocked(second.pid))
             os.kill(second.pid or 0, signal.SIGTERM)
             second.join()

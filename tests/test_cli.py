@@ -111,11 +111,10 @@ def test_every_failure_is_told_and_the_rest_is_fetched(command: Command, image: 
     assert errors == [
         "ERROR: debain-12: OS_VARIANT=debain-12: there is no variants.d/debain-12.conf;"
         " did you mean debian-12?",
-        f"ERROR: {shown}: {shown}: answered 404 Not Found; check the URL; vendors remove"
-        " old builds",
+        f"ERROR: {shown}: answered 404 Not Found; check the URL; vendors remove old builds",
         "ERROR: relative/path: image=relative/path (OS parameter): must be an absolute path,"
         " or a file://, http:// or https:// URL",
-        "ERROR: /nonexistent: /nonexistent: No such file or directory",
+        "ERROR: /nonexistent: No such file or directory",
     ]
     assert f"fetch: {good} is ready, 12 MiB once on a disk" in done.stderr
     assert "s3cret" not in done.stderr
@@ -210,6 +209,24 @@ def test_an_unsafe_cache(command: Command) -> None:
         assert done.stderr.startswith(f"ERROR: cache {command.cache}: ")
 
 
+def test_nothing_is_fetched_that_would_not_be_kept(command: Command) -> None:
+    command.cache.touch()
+    with httpd.serve({}) as server:
+        done = command("fetch", server.url("/image"))
+        assert server.seen == []
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"ERROR: cache {command.cache}: is a symbolic link or no dir")
+
+
+def test_only_names_are_variants(command: Command, image: Path) -> None:
+    for words in (["variants"], ["fetch"]):
+        assert "the variant's name is empty; cloudimage" in command(*words, "").stderr
+    for name in (str(image), "a/b", "-x", "a\nb"):
+        assert command("variants", "--", name).stderr.startswith("ERROR: OS_VARIANT='")
+        done = command("variants", "--check", "--", name)
+        assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
+
+
 @pytest.mark.parametrize("words", [[], ["cache"], ["fetch"], ["prune"], ["variants"]])
 def test_help(command: Command, words: list[str]) -> None:
     done = command(*words, "--help")
@@ -232,6 +249,21 @@ def test_a_reader_that_goes_away(command: Command) -> None:
     done = subprocess.run(argv, env=command.environment, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["cache", "variants", "variants nonexistent", "--help"])
+def test_an_output_that_cannot_be_written_is_one_line(command: Command, words: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [str(command.program), *words.split()]
+    with open(writing, "wb") as broken, open("/dev/full", "wb") as full:
+        for output, said in ((broken, "the reader of the output went"), (full, "No space left")):
+            done = subprocess.run(
+                argv, env=command.environment, stdout=output, stderr=subprocess.PIPE, text=True
+            )
+            assert done.returncode == 1
+            (line,) = done.stderr.splitlines()
+            assert said in line or words == "variants nonexistent"
 
 
 @pytest.mark.parametrize("words", ["cache", "cache --json", "variants debian-12"])

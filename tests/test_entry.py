@@ -41,11 +41,17 @@ def run(body: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
             1,
             b"ERROR: reading it: No such file or directory: /nonexistent",
         ),
+        (
+            "def create(env):\n"
+            " with context('reading the list https://h/a'): raise Error('https://h/a: is gone')",
+            1,
+            b"ERROR: reading the list https://h/a: is gone",
+        ),
         ("def create(env): raise several(['a=1: bad', 'b=2: worse'])", 1, b"ERROR: b=2: worse"),
         ("def create(env): 1 / 0", 2, b"ERROR: this is a bug: ZeroDivisionError: division by zero"),
         ("def create(env): raise Error('caf\\u00e9\\r\\x1b')", 1, rb"ERROR: caf\xe9\x0d\x1b"),
     ],
-    ids=["fine", "error", "oserror", "several", "bug", "not-ascii"],
+    ids=["fine", "error", "oserror", "twice", "several", "bug", "not-ascii"],
 )  # fmt: skip
 def test_what_an_exception_becomes(body: str, status: int, last: bytes | None) -> None:
     result = run(body)
@@ -84,7 +90,7 @@ def create(env):
         assert child.poll() is None
     child.send_signal(number)
     _out, err = child.communicate(timeout=10)
-    assert child.returncode == 1
+    assert child.returncode == 128 + number
     assert (tmp_path / "cleaned").exists()
     assert err.splitlines()[-1].startswith(f"ERROR: interrupted by {number.name}".encode())
 
@@ -94,6 +100,8 @@ def create(env):
     [
         ("http://u:p@h/a?x=1 b", "http://***@h/a?*** b"),
         ("https://h/a#f?", "https://h/a#f?"),
+        ("HTTPS://h/a?x=1", "HTTPS://h/a?***"),
+        ("https://h/a?x=1: no; 'https://h/?y,'", "https://h/a?***: no; 'https://h/?***,'"),
         ("https://u:p%40@h", "https://***@h"),
         ("http://u:p@q@h/a", "http://***@h/a"),
         ("rbd://x@y, a@b", "rbd://***@y, a@b"),

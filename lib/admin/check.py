@@ -42,7 +42,7 @@ def _check(args: argparse.Namespace) -> int:
         common.show_json([row._asdict() for row in rows])
     else:
         for row in rows:
-            common.show(f"{row.state:<8} {row.what}")
+            common.show(f"{row.state:<8} {log.printable(row.what, 1000)}")
     return int(any(row.state == "error" for row in rows))
 
 
@@ -95,6 +95,7 @@ def _can_clone(work: Path) -> bool:
 
 def _variants() -> Iterator[Row]:
     directory = common.directory()
+    params.load_config(common.environment())  # once: what is wrong there is not each variant's
     files = params.variant_files(directory)
     offered = variants.listed(directory)
     good = 0
@@ -102,7 +103,7 @@ def _variants() -> Iterator[Row]:
         try:
             if not variants.read(name).is_for_this_machine:
                 continue
-            job = common.job(name)
+            job = variants.job(name)
             if job.keyring is not None:
                 locations.open_file(job.keyring).close()
             good += 1

@@ -27,9 +27,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command of `cloudimage`; return its exit status (see STATUSES)."""
     entry.prepare()
+    status: list[Optional[int]] = []
+    return entry.guard(lambda: status.append(_run(argv))) or status[0] or 0
+
+
+def _run(argv: Optional[Sequence[str]]) -> Optional[int]:
     args = parser().parse_args(argv)
     if args.debug:
         log.enable_debug()
-    status: list[Optional[int]] = []
-    failed = entry.guard(lambda: status.append(args.action(args)), args.debug)
-    return failed or status[0] or 0
+    found: Optional[int] = args.action(args)
+    return found

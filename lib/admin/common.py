@@ -76,6 +76,8 @@ def parameters(settings: str) -> dict[str, str]:
 
 def environment(variables: Optional[Mapping[str, str]] = None) -> Environment:
     """Return what Ganeti would give with these variables, and the administrator's own folder."""
+    if variables and variables.get("OS_VARIANT") == "":  # to a door: an OS without variants
+        raise Error("the variant's name is empty", "cloudimage variants lists them")
     own = {key: os.environ[key] for key in ("CLOUDIMAGE_CONFDIR",) if key in os.environ}
     return Environment.from_environ({**own, **(variables or {})})
 

@@ -62,6 +62,8 @@ def add(commands: common.Subparsers) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     name = args.name.lower().rstrip(".")  # as Ganeti keeps it (netutils.py, GetNormalizedName)
+    if not name:
+        raise Error("--name: is empty", "give the instance's name")
     variables = {**EXAMPLE, "INSTANCE_NAME": name, **common.parameters(args.settings)}
     _base, _plus, variant = args.os.rpartition("+")
     variables["OS_VARIANT"] = variant or args.os
@@ -225,8 +227,13 @@ def _from_pool(index: int, variables: dict[str, str]) -> str:
     if subnet is None:
         raise Error(f"--net {index}:ip=pool: there is no network", "add network=NAME or subnet=")
     gateway = variables.get(f"NIC_{index}_NETWORK_GATEWAY")
-    hosts = (str(host) for host in ip_network(subnet, strict=False).hosts())
-    chosen = next(host for host in hosts if host != gateway)
+    try:
+        hosts = map(str, ip_network(subnet, strict=False).hosts())
+    except ValueError as error:
+        raise Error(f"--net {index}:subnet={subnet}: {error}", "write it as 192.0.2.0/24") from None
+    chosen = next((host for host in hosts if host != gateway), None)
+    if chosen is None:
+        raise Error(f"--net {index}:ip=pool: {subnet} has no address for an instance")
     log.step(f"--net {index}:ip=pool: shown with {chosen}, the pool may choose another")
     return chosen
 
@@ -235,9 +242,10 @@ def _resolved(index: int, instance: str) -> str:
     """Return the address that the instance's name has."""
     try:
         return socket.gethostbyname(instance)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no name of a host at all is the latter
+        words = describe(error) if isinstance(error, OSError) else "is no host's name"
         raise Error(
-            f"--net {index}:ip=auto: {instance}: {describe(error)}", "give another with --name"
+            f"--net {index}:ip=auto: {instance[:80]}: {words}", "give another with --name"
         ) from error
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from lib import log
 from lib.admin import common, variants
-from lib.errors import Error, several
+from lib.errors import Error, context, several
 from lib.source import obtain
 
 
@@ -25,13 +25,18 @@ def _fetch(args: argparse.Namespace) -> None:
     images = [*args.images, *(_offered() if args.all else ())]
     if not images:
         args.error("give a variant, a URL, a path, or --all")
-    problems = []
+    with common.store().workspace():
+        pass  # where it would not be kept, nothing is fetched
+    problems: list[str] = []
     for image in images:
         try:
-            with obtain.raw_image(common.job(image, args.settings)) as raw:
+            with (
+                context(log.redact(image) or repr(image)),
+                obtain.raw_image(common.job(image, args.settings)) as raw,
+            ):
                 log.step(f"fetch: {image} is ready, {log.size(raw.size_bytes)} once on a disk")
         except Error as error:
-            problems += [f"{log.redact(image)}: {line}" for line in error.lines]
+            problems += error.lines
     if problems:
         raise several(problems)
 

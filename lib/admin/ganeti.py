@@ -27,6 +27,7 @@ _FIELDS = (
     *("disk.names", "osparams"),
 )
 _NETWORK_FIELDS = ("name", "network", "gateway", "network6", "gateway6")
+_NAME = re.compile(r"[^\W-][\w.:@+-]*", re.ASCII)  # neither an option nor a filter
 _VARIABLES = ("SUBNET", "GATEWAY", "SUBNET6", "GATEWAY6")
 
 
@@ -65,8 +66,16 @@ def call(*argv: str, timeout_s: float = ANSWER_S) -> str:
         ) from error
 
 
+def checked(kind: str, name: str) -> str:
+    """Return the name of an instance, a network or a node; Error if it can be none."""
+    if not _NAME.fullmatch(name):
+        raise Error(f"{name[:80]!r} is no {kind}'s name", f"gnt-{kind} list shows them")
+    return name
+
+
 def instance(name: str) -> Instance:
     """Ask for one instance; Error if Ganeti knows none of this name, or it is another OS's."""
+    name = checked("instance", name)
     options = ("--no-headers", "--separator=|", "-o", ",".join(_FIELDS))
     line = call("gnt-instance", "list", *options, name).strip("\n")
     values = dict(zip(_FIELDS, line.split("|", len(_FIELDS) - 1)))
@@ -109,6 +118,7 @@ def _nics(values: Mapping[str, str]) -> dict[str, str]:
 
 def network(name: str) -> dict[str, str]:
     """Return a network's SUBNET, GATEWAY, SUBNET6 and GATEWAY6, as far as it has them."""
+    name = checked("network", name)
     options = ("--no-headers", "--separator=|", "-o", ",".join(_NETWORK_FIELDS))
     row = call("gnt-network", "list", *options, name).strip("\n").split("|")
     return {key: value for key, value in zip(_VARIABLES, row[1:]) if value not in ("", "-")}

@@ -19,8 +19,9 @@ from typing import Any
 from lib import log, run
 from lib.admin import common, ganeti
 from lib.errors import Error
+from lib.files import open_regular
 from lib.source import checksum
-from lib.source.cache import Stored
+from lib.source.cache import Stored, check_note
 
 FOLDER = "/var/tmp"  # copyfile copies to the same path; this folder is on every node
 
@@ -43,13 +44,15 @@ def add(commands: common.Subparsers) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    if not args.nodes and not args.all_nodes:
+    if bool(args.nodes) == args.all_nodes:
         args.error("give nodes, or --all-nodes")
-    nodes = args.nodes or ganeti.other_nodes()
+    nodes = [ganeti.checked("node", name) for name in args.nodes] or ganeti.other_nodes()
+    if not nodes:
+        raise Error("push: no other node is online", "gnt-node list shows them")
     entries = common.store().entries()
     for name in args.entry:
-        if not any(each.name.startswith(name) for each in entries):
-            raise Error(f"{name}: no such entry", "cloudimage cache lists them")
+        if not name or not any(each.name.startswith(name) for each in entries):
+            raise Error(f"--entry {name}: no such entry", "cloudimage cache lists them")
     if args.entry:
         entries = [each for each in entries if each.name.startswith(tuple(args.entry))]
     if not entries:
@@ -84,11 +87,19 @@ def _receive(args: argparse.Namespace) -> None:
     if not re.fullmatch(rf"{FOLDER}/cloudimage-push-[A-Za-z0-9_]+\.zst", args.file):
         raise Error(f"{args.file}: is no file of cloudimage push")
     try:
-        note = json.loads(base64.b64decode(args.note))
-        known = _adopted(args.name, note, packed)
+        known = _adopted(args.name, _note(args.note), packed)
     finally:
         packed.unlink(missing_ok=True)
     common.show_json({"known": known})
+
+
+def _note(text: str) -> dict[str, Any]:
+    try:
+        note: dict[str, Any] = json.loads(base64.b64decode(text))
+        check_note(note)
+        return {**note, "raw_sha256": str(note["raw_sha256"])}
+    except (ValueError, LookupError, RecursionError) as error:
+        raise Error(f"receive: the note of the entry is damaged: {error}") from error
 
 
 def _adopted(name: str, note: dict[str, Any], packed: Path) -> bool:
@@ -102,7 +113,7 @@ def _adopted(name: str, note: dict[str, Any], packed: Path) -> bool:
         if old is not None and old.get("fetched", "") >= note["fetched"]:
             return None
         is_known, raw = False, work / "raw"
-        with packed.open("rb") as source, raw.open("xb") as output:
+        with open_regular(packed, follow=False) as source, raw.open("xb") as output:
             run.run(["zstd", "-dcq", "--sparse"], stdin=source, stdout=output)
         run.run(["fallocate", "--dig-holes", os.fspath(raw)])
         wanted = ("sha256", note.pop("raw_sha256"))

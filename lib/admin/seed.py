@@ -77,7 +77,8 @@ def _seed(args: argparse.Namespace) -> int:
 
 def _links(name: str) -> list[Path]:
     """Return the active disks of the instance of this name, or of the one that it is short for."""
-    for pattern in (f"{glob.escape(name)}:*", f"{glob.escape(name)}.*:*"):
+    name = glob.escape(ganeti.checked("instance", name))
+    for pattern in (f"{name}:*", f"{name}.*:*"):
         found = {path: path.name.rpartition(":") for path in LINKS.glob(pattern)}
         if len({owner for owner, _colon, _index in found.values()}) == 1:
             return sorted(found, key=lambda path: int(found[path][2]))

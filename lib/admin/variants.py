@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from lib.settings.values import Location
 from lib.source import index, locations, obtain
 
 AT_ONCE = 8
+FORK = multiprocessing.get_context("fork")
 
 
 def add(commands: common.Subparsers) -> None:
@@ -54,13 +58,13 @@ def _variants(args: argparse.Namespace) -> int:
         try:
             if not args.names and not read(name).is_for_this_machine:
                 continue
-            job = common.job(name)
+            found = job(name)
         except Error as error:
             problems += error.lines
             continue
-        rows.append(_row(job, name in offered))
+        rows.append(_row(found, name in offered))
         if not args.json:
-            _show(rows[-1], job.is_past_end)
+            _show(rows[-1], found.is_past_end)
     if args.json:
         common.show_json(rows)
     if problems:
@@ -105,31 +109,61 @@ def read(name: str) -> params.Variant:
     return params.read_variant(common.environment({"OS_VARIANT": name}))
 
 
+def job(name: str) -> Job:
+    """Return the job of a variant as it is."""
+    return params.parse(common.environment({"OS_VARIANT": name}))
+
+
 def _check(args: argparse.Namespace, names: list[str]) -> int:
-    # processes, because a request's time limit is a signal, and those are for main threads
-    with ProcessPoolExecutor(AT_ONCE, initializer=entry.quiet) as pool:
-        rows = list(pool.map(_asked, names))
+    rows: list[dict[str, str]] = [{}] * len(names)
+    with ExitStack() as stack:
+        parts = [slice(first, None, AT_ONCE) for first in range(min(AT_ONCE, len(names)))]
+        answers = [stack.enter_context(_asking(names[part])) for part in parts]
+        for part, answer in zip(parts, answers):
+            rows[part] = answer.recv()
     if args.json:
         common.show_json(rows)
     else:
         for row in rows:
-            common.show(f"{row['state']:<6} {row['name']}: {row['what']}")
+            common.show(f"{row['state']:<6} {log.printable(row['name'], 80)}: {row['what']}")
     return int(any(row["state"] != "ok" for row in rows))
+
+
+@contextmanager
+def _asking(names: list[str]) -> Iterator[Connection]:
+    """Ask these variants' servers in a process that is gone when the block ends.
+
+    A process, because a request's time limit is a signal, and those are for main threads.
+    """
+    ours, theirs = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_answer, args=(names, theirs))
+    child.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        child.terminate()  # our own handler is there too: it unwinds
+        child.join()
+
+
+def _answer(names: list[str], output: Connection) -> None:
+    entry.quiet()
+    output.send([_asked(name) for name in names])
 
 
 def _asked(name: str) -> dict[str, str]:
     """Ask one variant's servers; what is wrong is the answer."""
     try:
-        job = index.resolved(common.job(name))
-        digest = obtain.expected_digest(job)
-        words = [_there(job, job.source())]
+        found = index.resolved(job(name))
+        digest = obtain.expected_digest(found)
+        words = [_there(found, found.source())]
         words.append(f"{digest[0]} from the list" if digest else "no checksum")
-        if job.signature is None:
+        if found.signature is None:
             words.append("no signature")
-        elif job.checksum is not None:  # it was over the list
+        elif found.checksum is not None:  # it was over the list
             words.append("signature good")
-        elif isinstance(job.signature, Location):
-            words.append(f"signature {_there(job, job.signature)}")
+        elif isinstance(found.signature, Location):
+            words.append(f"signature {_there(found, found.signature)}")
     except Error as error:
         return {"name": name, "state": "error", "what": "; ".join(error.lines)}
     return {"name": name, "state": "ok", "what": ", ".join(words)}

@@ -92,8 +92,10 @@ class Stored:
         return False
 
 
-def check_note(note: Note) -> None:
-    """Raise a ValueError unless the note has what those who read one rely on."""
+def check_note(note: Any) -> None:
+    """Raise a ValueError unless it is a note, with all that those who read one rely on."""
+    if not isinstance(note, dict):
+        raise ValueError("is not a JSON object")
     for key, kinds in NOTE_KEYS.items():
         if not isinstance(note.get(key), kinds):
             raise ValueError(f"has no {key} that makes sense")
@@ -150,8 +152,10 @@ class Cache:
     @contextmanager
     def workspace(self) -> Iterator[Path]:
         """Make a private folder where the images are, for the block only."""
-        self._make_directory()
-        with workspace.folder(self.directory) as work:
+        with ExitStack() as stack:
+            with context(f"cache {self.directory}"):
+                self._make_directory()
+                work = stack.enter_context(workspace.folder(self.directory))
             yield work
 
     def entries(self) -> list[Stored]:
@@ -312,8 +316,6 @@ class Cache:
             with open_regular(path, follow=False) as file:
                 used = os.fstat(file.fileno()).st_mtime
                 note = json.loads(file.read(NOTE_LIMIT_BYTES))
-            if not isinstance(note, dict):
-                raise ValueError
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -322,9 +324,9 @@ class Cache:
             raise ValueError(error.message) from error
         except (ValueError, RecursionError) as error:
             raise ValueError("is not a JSON object") from error
+        check_note(note)
         if note.get("version") != CHECKS_VERSION:
             raise ValueError(f"is of version {note.get('version')!r}, not {CHECKS_VERSION}")
-        check_note(note)
         named = note.get("file")
         if not isinstance(named, str) or not re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.raw", named):
             raise ValueError(f"names the file {named!r}, which is none of this entry")

@@ -48,5 +48,5 @@ def test_push_to_nobody(pair: Cluster, images: Path) -> None:
     out = pair.run(f"{COMMAND} push node9.example.com", 1)
     assert "ERROR: gnt-cluster command: Node name node9.example.com not found" in out
     out = pair.run(f"{COMMAND} push --entry 000 node2.example.com", 1)
-    assert "ERROR: 000: no such entry; cloudimage cache lists them" in out
+    assert "ERROR: --entry 000: no such entry; cloudimage cache lists them" in out
     assert pair.run("ls /var/tmp | grep cloudimage-push; true") == ""
