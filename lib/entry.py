@@ -38,7 +38,8 @@ def _interrupt(number: int, _frame: Optional[FrameType]) -> None:
 def guard(action: Callable[[], None]) -> int:
     """Run `action`; print what went wrong, the ERROR line last; return the exit status."""
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(each, _interrupt)
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(each, _interrupt)
     try:
         with _written():
             action()

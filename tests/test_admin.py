@@ -507,7 +507,12 @@ def test_who_asks_the_servers_can_be_interrupted(command: Command, number: signa
         command.variant("mine", f"image = {server.url('/image')}\nchecksum = {server.url('/SUMS')}")
         argv = [str(command.program), "variants", "--check", "mine", "default"]
         child = subprocess.Popen(
-            argv, env=command.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+            argv,
+            env=command.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         )
         while not server.seen:
             assert child.poll() is None

@@ -85,7 +85,12 @@ def create(env):
         open('{tmp_path}/cleaned', 'w').close()
 """
     script = PROLOGUE + body + "\nsys.exit(entry.run(create, argv=[]))\n"
-    child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, env={})
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        env={},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     while not (tmp_path / "started").exists():
         assert child.poll() is None
     child.send_signal(number)
@@ -93,6 +98,13 @@ def create(env):
     assert child.returncode == 128 + number
     assert (tmp_path / "cleaned").exists()
     assert err.splitlines()[-1].startswith(f"ERROR: interrupted by {number.name}".encode())
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    script = PROLOGUE + "\nsys.exit(entry.run(lambda env: os.kill(os.getpid(), 1), argv=[]))\n"
+    argv = ["nohup", sys.executable, "-c", script]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env={})
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
