@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lib import hooks
 from lib.errors import Error
 from lib.settings import config, params
 
@@ -92,6 +93,16 @@ def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path) -> None:
     (tmp_path / "cloudimage.conf").symlink_to("nowhere")
     with pytest.raises(Error, match="reading the configuration: No such file or directory: "):
         config.load(tmp_path, params.NAMES)
+
+
+def test_folders_that_are_none_are_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "variants.d").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError):
+        params.variant_files(tmp_path)
+    (tmp_path / "hooks.d").mkdir()
+    (tmp_path / "hooks.d/pre").touch()
+    with pytest.raises(NotADirectoryError):
+        hooks.find(tmp_path, "pre")
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o664])

@@ -133,7 +133,7 @@ def overlay(directory: Path, folder: str, accept: Callable[[Path], bool]) -> lis
     """
     names: dict[str, Path] = {}
     for base in (BUNDLE, directory):
-        if (base / folder).is_dir():
+        if os.path.lexists(base / folder):  # a link may lead nowhere
             require_trusted(base / folder)
             for path in sorted((base / folder).iterdir()):
                 if accept(path):
