@@ -43,23 +43,21 @@ def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _prefixed(doing: str, line: str) -> str:
-    """Say what was being done to what; what failed may name the same object, and once is enough."""
-    what, colon, rest = line.partition(": ")
-    return f"{doing}: {rest if colon and f' {doing}'.endswith(f' {what}') else line}"
-
-
 @contextmanager
-def context(doing: str) -> Iterator[None]:
+def context(doing: str, what: str = "") -> Iterator[None]:
     """Prefix what fails inside with what was being done: a gerund and its object.
 
+    `what` is an object that what fails inside may begin with, too: it is said once.
     An Error stays the one it is, so that a caller can still tell its kind.
     """
+    doing = f"{doing} {what}".strip()
     try:
         yield
     except Error as error:
-        error.message = _prefixed(doing, error.message)
-        error.lines = tuple(_prefixed(doing, line) for line in error.lines)
+        error.message, *lines = (
+            f"{doing}: {line.removeprefix(f'{what}: ')}" for line in (error.message, *error.lines)
+        )
+        error.lines = tuple(lines)
         raise
     except BrokenPipeError:
         raise  # who reads our output knows why it went away

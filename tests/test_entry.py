@@ -43,7 +43,7 @@ def run(body: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
         ),
         (
             "def create(env):\n"
-            " with context('reading the list https://h/a'): raise Error('https://h/a: is gone')",
+            " with context('reading the list', 'https://h/a'): raise Error('https://h/a: is gone')",
             1,
             b"ERROR: reading the list https://h/a: is gone",
         ),

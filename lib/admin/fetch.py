@@ -31,7 +31,7 @@ def _fetch(args: argparse.Namespace) -> None:
     for image in images:
         try:
             with (
-                context(log.redact(image) or repr(image)),
+                context("", log.redact(image) or repr(image)),
                 obtain.raw_image(common.job(image, args.settings)) as raw,
             ):
                 log.step(f"fetch: {image} is ready, {log.size(raw.size_bytes)} once on a disk")

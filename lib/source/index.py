@@ -30,7 +30,7 @@ def resolved(job: Job) -> Job:
     parts = {name: getattr(job, name) for name in ("image", "checksum", "signature")}
     if job.index is None or not any(map(names, parts.values())):
         return job
-    with context(f"reading the index {job.index}"):
+    with context("reading the index", str(job.index)):
         text = locations.read(job.index, job.config, LIMIT_BYTES).decode("utf-8", "replace")
         values = _newest(text, job.index_match)
     return replace(job, **{name: _filled(each, values) for name, each in parts.items()})

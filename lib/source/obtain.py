@@ -91,7 +91,7 @@ def expected_digest(job: Job) -> Optional[Digest]:
     """Return the digest that the image must have: pinned, or from the (verified) list."""
     if job.checksum is None or isinstance(job.checksum, tuple):
         return job.checksum
-    with context(f"reading the checksum list {job.checksum}"):
+    with context("reading the checksum list", str(job.checksum)):
         listing = locations.read(job.checksum, job.config, LIST_LIMIT_BYTES)
         if job.signature == "inline":
             listing = checksum.clearsigned(listing, job.keys())
