@@ -69,16 +69,24 @@ def guard(action: Callable[[], None]) -> int:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """Let what the block prints reach its reader; a failure comes now and not at the exit too."""
+    """Let what the block prints reach its reader; a failure comes now and not at the exit too.
+
+    That of the block itself goes first.
+    """
+    failed = False
     try:
         yield
+    except BaseException as error:
+        failed = not isinstance(error, SystemExit)  # argparse's, after its help
+        raise
     finally:
         try:
             with context("writing the output"):
                 print(end="", flush=True)
         except (Error, OSError):
             sys.stdout = open(os.devnull, "w")
-            raise
+            if not failed:
+                raise
 
 
 def _trace(error: BaseException) -> None:
