@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import select
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from lib import run
+from lib.disk import nbd
 from lib.disk import target as disk
 from lib.environment import Disk
 from lib.errors import Error
@@ -344,6 +350,54 @@ def test_write_that_fails_names_the_disk(make: Make, kind: str) -> None:
     with pytest.raises((Error, OSError)) as caught:
         target.write(1 << 62, b"x" * 512)
     assert place.disk.label in str(caught.value)
+
+
+def test_a_write_that_fails_is_told_of_later(make: Make) -> None:
+    place = make("nbd-uri", 4 * MIB)
+    target = disk.open_target(place.disk)
+    with target.opened(writable=True) as handle:
+        handle.write(1 << 62, b"x" * 512)
+        with pytest.raises(Error, match=re.escape(place.disk.label)):
+            handle.sync()
+        handle.write(MIB, b"y" * 512)
+    assert place.file.read_bytes() == OLD * MIB + b"y" * 512 + OLD * (3 * MIB - 512)
+
+
+def last_come_first_served(server: socket.socket, content: bytearray) -> None:
+    """Be an NBD server that does what came at once from its end on, as any server may."""
+    server.sendall(b"NBDMAGICIHAVEOPT\0\1")
+    server.recv(20, socket.MSG_WAITALL)
+    server.sendall(struct.pack(">QH", len(content), 1))
+    waiting: list[tuple[int, int, bytes]] = []
+    while True:
+        if select.select([server], [], [], 0.05 if waiting else None)[0]:
+            request = server.recv(28, socket.MSG_WAITALL)
+            if not request:
+                return
+            _magic, kind, cookie, offset, length = struct.unpack(">IIQQI", request)
+            data = server.recv(length, socket.MSG_WAITALL) if kind == 1 else b""
+            waiting.append((cookie, offset, data))
+            continue
+        for cookie, offset, data in waiting[::-1]:
+            content[offset : offset + len(data)] = data
+            server.sendall(struct.pack(">IIQ", 0x67446698, 0, cookie))
+        waiting.clear()
+
+
+def test_writes_that_overlap_keep_their_order() -> None:
+    ours, theirs = socket.socketpair()
+    content = bytearray(4096)
+    with ours, theirs, ThreadPoolExecutor() as pool:
+        serving = pool.submit(last_come_first_served, theirs, content)
+        connection = nbd.Connection(ours, "nbd:", lambda: "")
+        for number in range(40):
+            connection.write(number * 64, bytes([number + 1]) * 128)
+        connection.write(0, b"z" * 64)
+        connection.sync()
+        ours.shutdown(socket.SHUT_WR)
+        serving.result()
+    expected = b"z" * 64 + b"".join(bytes([number + 1]) * 64 for number in range(1, 40))
+    assert content[: len(expected)] == expected
 
 
 def test_server_that_ends_is_an_error(make: Make, tool: Callable[[str, str], Path]) -> None:

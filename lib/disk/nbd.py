@@ -21,9 +21,10 @@ from lib.errors import Error
 CONNECT_TIMEOUT_S = 60.0  # a Ceph cluster may take its time
 ANSWER_TIMEOUT_S = 180.0  # for one request: a Ceph cluster that heals may take its time
 END_TIMEOUT_S = 3.0  # for a server of which nothing is wanted any more
-ZERO_LIMIT_BYTES = 1 << 30
+ZERO_LIMIT_BYTES = 64 << 20  # in one request
 REQUEST, REQUEST_MAGIC, REPLY_MAGIC = ">IHHQQI", 0x25609513, 0x67446698
 READ, WRITE, DISCONNECT, FLUSH, WRITE_ZEROES = 0, 1, 2, 3, 6
+UNDER_WAY = 16  # as many as qemu-nbd works on at once
 HINTS = {
     "Unknown protocol": "install qemu's driver for it: qemu-block-extra (EL: qemu-kvm-block-*)",
     "not permitted": "let the node's key write to it (Ceph: osd 'profile rbd pool=...')",
@@ -32,11 +33,17 @@ HINTS = {
 
 
 class Connection:
-    """An export, by requests that end before the next one starts."""
+    """An export.
+
+    Several writes may be under way at once, but never two that overlap: either could come last. The
+    error of one is raised by a later call, by sync() at the latest.
+    """
 
     def __init__(self, server: socket.socket, uri: str, ended: Callable[[], str]) -> None:
         self.server, self.uri = server, uri
         self.ended = ended  # ends the server and returns what it said last
+        self.under_way = self.end = 0  # how many writes, and where the last of them ends
+        self.failure: Optional[BaseException] = None  # what ended the server
         with self._exchange():
             magic, version, _flags = struct.unpack(">8s8sH", self._receive(18))
             if (magic, version) != (b"NBDMAGIC", b"IHAVEOPT"):
@@ -47,16 +54,18 @@ class Connection:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
-        return self._request(READ, offset, length, answer_bytes=length)
+        self._request(READ, offset, length)
+        with self._exchange():
+            return self._receive(length)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write `data` at `offset`."""
-        self._request(WRITE, offset, len(data), data)
+        self._begin(WRITE, offset, len(data), data)
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeroes; the storage may drop what it held."""
         for start in range(offset, offset + length, ZERO_LIMIT_BYTES):
-            self._request(WRITE_ZEROES, start, min(ZERO_LIMIT_BYTES, offset + length - start))
+            self._begin(WRITE_ZEROES, start, min(ZERO_LIMIT_BYTES, offset + length - start))
 
     def extents(self) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, end, is data): all of it is."""
@@ -75,21 +84,37 @@ class Connection:
     @property
     def is_open(self) -> bool:
         """Whether requests can still be made."""
-        return self.server.fileno() != -1
+        return self.failure is None
 
-    def _request(
-        self, kind: int, offset: int = 0, length: int = 0, data: bytes = b"", answer_bytes: int = 0
-    ) -> bytes:
+    def _begin(self, kind: int, offset: int, length: int, data: bytes = b"") -> None:
+        """Send a request as soon as there may be one more under way."""
+        self._await(0 if offset < self.end else UNDER_WAY - 1)
         with self._exchange():
             self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, kind, 0, offset, length))
             self.server.sendall(data)
-            magic, status, _cookie = struct.unpack(">IIQ", self._receive(16))
-            if magic != REPLY_MAGIC:
-                raise Error(f"{self.uri}: qemu-nbd sent what is no reply")
-            if status == 0:
-                return self._receive(answer_bytes)
-        words = os.strerror(status)
-        raise Error(f"{self.uri}: {words}", _hint(words))
+        self.under_way += 1
+        self.end = offset + length
+
+    def _request(self, kind: int, offset: int = 0, length: int = 0) -> None:
+        """Send a request when all before it are answered, and take its answer."""
+        self._await(0)
+        self._begin(kind, offset, length)
+        self._await(0)
+
+    def _await(self, most: int) -> None:
+        """Take answers until no more than `most` requests are under way; of an error, all."""
+        failed = 0
+        while self.under_way > most:
+            with self._exchange():
+                magic, status, _cookie = struct.unpack(">IIQ", self._receive(16))
+                if magic != REPLY_MAGIC:
+                    raise Error(f"{self.uri}: qemu-nbd sent what is no reply")
+            self.under_way -= 1
+            if status:
+                failed, most = failed or status, 0
+        if failed:
+            words = os.strerror(failed)
+            raise Error(f"{self.uri}: {words}", _hint(words))
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -97,11 +122,14 @@ class Connection:
 
         What is sent next would be taken for the rest of it, or its answer for that of the next.
         """
+        if self.failure is not None:
+            raise self.failure
         try:
             yield
         except BaseException as error:
             self.server.close()
-            raise _reason(error, self.uri, self.ended()) from error
+            self.failure = _reason(error, self.uri, self.ended())
+            raise self.failure from error
 
     def _receive(self, length: int) -> bytes:
         data = bytearray(length)
@@ -153,7 +181,7 @@ def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
             said.seek(0)
             return _last_words(said.read().decode("ascii", "backslashreplace"), uri)
 
-        _await(server, path, uri, child, ended)
+        _await_server(server, path, uri, child, ended)
         server.settimeout(ANSWER_TIMEOUT_S)
         connection = Connection(server, uri, ended)
         yield connection
@@ -170,7 +198,7 @@ def _last_words(text: str, uri: str) -> str:
     return log.printable(own[-1].replace(f"Failed to blk_new_open '{uri}': ", ""), 200)
 
 
-def _await(
+def _await_server(
     server: socket.socket, path: str, uri: str, child: run.Process[bytes], ended: Callable[[], str]
 ) -> None:
     """Connect as soon as qemu-nbd listens."""

@@ -60,3 +60,17 @@ def node(system: System) -> Iterator[Machine]:
     with machine.started(system, 1) as node:
         machine.make_cluster(node)
         yield node
+
+
+@pytest.fixture(scope="session")
+def second(system: System) -> Iterator[Machine]:
+    """Boot node2.example.com, which is in no cluster yet."""
+    with machine.started(system, 2) as node:
+        yield node
+
+
+@pytest.fixture
+def vm(node: Machine) -> Iterator[str]:
+    """Name an instance that is gone at the end of the test, under whatever name."""
+    yield "vm4"
+    node.remove_all()

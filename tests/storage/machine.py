@@ -22,6 +22,7 @@ from tests.nodes import roots
 PACKAGES = (
     *("drbd-utils", "ganeti", "lvm2", "qemu-system-x86"),
     *("iproute2", "linux-image-cloud-amd64", "systemd-sysv", "udev"),
+    *("glusterfs-server", "nfs-kernel-server", "qemu-block-extra"),
     *("gdisk", "mdadm"),
 )
 BOOT_LIMIT_S = 600.0
@@ -76,6 +77,8 @@ class System:
         return self.folder / f"volumes{number}"
 
 
+BUNDLE = "/usr/share/ganeti/os/cloudimage"
+UUID = "74c12b91-926e-4fd2-b50d-1c533ca36193"
 REMOVE = """for name in $(gnt-instance list --no-headers -o name); do
 gnt-instance remove -f --ignore-failures --shutdown-timeout=0 $name
 done
@@ -92,9 +95,22 @@ class Machine(Cluster):
 
     def disk(self, name: str, index: int = 0) -> str:
         """Return the path of an instance's disk."""
+        return self._paths(name, "/dev/")[index]
+
+    def volume(self, name: str) -> str:
+        """Return the volume that holds what is on the instance's first disk."""
+        return self._paths(name, "/dev/xenvg/")[0]
+
+    def _paths(self, name: str, start: str) -> list[str]:
+        """Return the paths of the instance's disks, each before what it lies on."""
+        self.run(f"gnt-instance activate-disks --wait-for-sync {name}.example.com")
         info = self.run(f"gnt-instance info {name}.example.com")
-        paths: list[str] = re.findall(r"on primary: *(/dev/\S+)", info)
-        return paths[index]
+        return re.findall(rf"on primary: *({start}\S+)", info)
+
+    def door(self, name: str, given: str, status: int = 0) -> str:
+        """Run a door, and its redirections, without Ganeti: for vm4 with what is given."""
+        who = f"OS_API_VERSION=20 INSTANCE_NAME=vm4.example.com INSTANCE_UUID={UUID} NIC_COUNT=0"
+        return self.run(f"env {who} OS_VARIANT=default {given} {BUNDLE}/{name}", status)
 
     def remove_all(self) -> None:
         """Remove all instances, those too whose create failed, and what was exported."""

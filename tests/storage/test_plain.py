@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.storage.machine import Machine
 pytestmark = pytest.mark.storage
 PLAIN = "-t plain --ignore-ipolicy"
 ONE, TWO = (f"--net 0:ip=192.0.2.{last},{LAN}" for last in (41, 42))
-OTHER = "gnt-instance reinstall -f -O image=/srv/other.raw {}.example.com"
+OTHER = "gnt-instance reinstall -f -O image=/srv/other.raw,checksum=none {}.example.com"
 BEHIND = 32 * MIB  # where the image ends, and the next partition would begin
 # what an old guest leaves where the image does not reach
 STALE = """set -e
@@ -67,16 +68,14 @@ REFUSED = (
 )
 
 
-@pytest.fixture
-def vm(node: Machine) -> Iterator[str]:
-    """Name an instance that is gone at the end of the test, under whatever name."""
-    yield "vm4"
-    node.remove_all()
-
-
-def add(node: Machine, name: str, more: str = "-O image=/srv/small.qcow2") -> str:
-    """Add an instance with a disk of 64 MiB, on a node that runs nothing; return its volume."""
-    node.add(name, f"{PLAIN} -H fake --disk 0:size=64M -o cloudimage+default {ONE} {more}")
+def add(
+    node: Machine,
+    name: str,
+    more: str = "-O image=/srv/small.qcow2",
+    template: str = PLAIN,
+) -> str:
+    """Add an instance with a disk of 64 MiB, which runs nothing; return its disk's path."""
+    node.add(name, f"{template} -H fake --disk 0:size=64M -o cloudimage+default {ONE} {more}")
     return node.disk(name)
 
 
@@ -89,15 +88,18 @@ def told(copy: Path) -> tuple[str, str, str]:
     return meta["instance-id"], meta["local-hostname"], address
 
 
-@pytest.fixture
-def web(node: Machine) -> Iterator[str]:
-    """Serve /srv in the machine."""
+@contextmanager
+def served(node: Machine) -> Iterator[str]:
+    """Serve /srv in the machine, with a list of its images' digests."""
+    node.run("cd /srv; sha256sum *.qcow2 > SHA256SUMS")
     node.run(
         "python3 -m http.server --bind 127.0.0.1 --directory /srv 8000 > /dev/null 2>&1 &"
         " echo $! > /run/web; until (: < /dev/tcp/127.0.0.1/8000) 2> /dev/null; do sleep 1; done"
     )
-    yield "http://127.0.0.1:8000"
-    node.run("kill $(cat /run/web)")
+    try:
+        yield "http://127.0.0.1:8000"
+    finally:
+        node.run("kill $(cat /run/web)")
 
 
 def test_add_from_a_path(node: Machine, vm: str, images: Path) -> None:
@@ -109,10 +111,10 @@ def test_add_from_a_path(node: Machine, vm: str, images: Path) -> None:
     assert "part" not in node.run("lsblk --noheadings --output TYPE")
 
 
-def test_add_over_http(node: Machine, vm: str, images: Path, web: str) -> None:
-    node.run("cd /srv; sha256sum small.qcow2 > SHA256SUMS")
-    source = f"-O image={web}/small.qcow2,checksum={web}/SHA256SUMS"
-    assert_image(node.copy(add(node, vm, source)), images / "small.raw")
+def test_add_over_http(node: Machine, vm: str, images: Path) -> None:
+    with served(node) as web:
+        source = f"-O image={web}/small.qcow2,checksum={web}/SHA256SUMS"
+        assert_image(node.copy(add(node, vm, source)), images / "small.raw")
 
 
 def test_rename_grow_and_reinstall(node: Machine, vm: str, images: Path) -> None:
@@ -135,28 +137,34 @@ def test_rename_grow_and_reinstall(node: Machine, vm: str, images: Path) -> None
 
 @pytest.mark.parametrize("state", ["stopped", "running"])
 def test_export_and_import(node: Machine, vm: str, state: str) -> None:
-    disk = add(node, vm)
+    export_and_import(node, vm, state, PLAIN)
+
+
+def export_and_import(node: Machine, vm: str, state: str, template: str) -> None:
+    """Export an instance, import it as a clone beside it, and as itself when it is gone."""
+    disk = add(node, vm, template=template)
     own, before = uuid(node, vm), data(node, disk)
-    first = seed_files(node.copy(disk))
+    first = seed_files(node.copy(node.volume(vm)))
+    volumes = node.run("lvs --noheadings -o lv_path")
     option = ""
     if state == "running":
         node.run(f"gnt-instance startup {vm}.example.com")
         option = "--noshutdown"
     node.run(f"gnt-backup export {option} -n node1.example.com {vm}.example.com")
-    assert node.run("lvs --noheadings -o lv_path").split() == [disk]  # no snapshot is left
+    assert node.run("lvs --noheadings -o lv_path") == volumes  # no snapshot is left
     listed = node.run(f"gnt-instance list --no-headers -o oper_state {vm}.example.com")
     assert listed.strip() == ("Y" if state == "running" else "N"), listed
-    restore(node, vm, "vm5", f"{PLAIN} --disk 0:size=96M {TWO}")
-    clone = node.copy(node.disk("vm5"))
+    restore(node, vm, "vm5", f"{template} --disk 0:size=96M {TWO}")
+    clone = node.copy(node.volume("vm5"))
     assert told(clone) == (uuid(node, "vm5"), "vm5.example.com", "192.0.2.42/24")
     node.remove("vm5")
     node.remove(vm)
-    restore(node, vm, vm, PLAIN)
-    disk = node.disk(vm)
-    assert data(node, disk) == before
+    restore(node, vm, vm, template)
+    assert data(node, node.disk(vm)) == before
     assert uuid(node, vm) != own
-    assert told(node.copy(disk)) == (own, "vm4.example.com", "192.0.2.41/24")
-    assert seed_files(node.copy(disk))["user-data"] == first["user-data"]
+    copy = node.copy(node.volume(vm))
+    assert told(copy) == (own, "vm4.example.com", "192.0.2.41/24")
+    assert seed_files(copy)["user-data"] == first["user-data"]
 
 
 def test_stale_bytes_do_not_come_back(node: Machine, vm: str, images: Path) -> None:

@@ -1,0 +1,81 @@
+"""Instances on storage that nodes share: NFS and Gluster, which the node itself serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ganeti.test_gnt_backup import data, meta_data, seed
+from tests.ganeti.test_storage import SHARED, a_whole_life
+from tests.storage.machine import UUID, Machine
+
+pytestmark = pytest.mark.storage
+TEMPLATES = "gnt-cluster modify --enabled-disk-templates={0} --ipolicy-disk-templates={0} {1}"
+NFS = f"""set -e
+mkdir -p /srv/nfs {SHARED}
+echo {SHARED} >> /etc/ganeti/file-storage-paths
+systemctl start nfs-kernel-server
+exportfs -o rw,no_root_squash,fsid=0 10.77.0.1:/srv/nfs
+mount -t nfs4 10.77.0.1:/ {SHARED}
+"""
+GLUSTER = """set -e
+echo /var/run/ganeti/gluster >> /etc/ganeti/file-storage-paths
+systemctl start glusterd
+gluster --mode=script volume create vms node1.example.com:/srv/brick force
+gluster volume start vms
+"""
+
+
+@pytest.fixture(scope="module")
+def nfs(node: Machine) -> Iterator[None]:
+    node.run(NFS)
+    node.run(TEMPLATES.format("plain,drbd,sharedfile", f"--shared-file-storage-dir={SHARED}"))
+    yield
+    node.run(TEMPLATES.format("plain,drbd", ""))
+    node.run(f"umount {SHARED}; systemctl stop nfs-kernel-server")
+
+
+@pytest.fixture(scope="module")
+def gluster(node: Machine) -> Iterator[str]:
+    """Return the place on the server where what is on the volume lies."""
+    node.run(GLUSTER)
+    node.run(TEMPLATES.format("plain,drbd,gluster", ""))
+    node.run("gnt-cluster modify -D gluster:host=node1.example.com,port=24007,volume=vms")
+    yield "/srv/brick"
+    node.run(TEMPLATES.format("plain,drbd", ""))
+
+
+def test_sharedfile_on_nfs(node: Machine, nfs: None) -> None:
+    assert "nfs4" in node.run(f"findmnt --noheadings --output FSTYPE {SHARED}")
+    a_whole_life(node, Path("/srv"), "192.0.2.51", "sharedfile", "", "/srv/nfs/*.example.com/*")
+
+
+def test_gluster(node: Machine, gluster: str) -> None:
+    a_whole_life(node, Path("/srv"), "192.0.2.52", "gluster", "", f"{gluster}/ganeti/*")
+
+
+def test_gluster_by_its_uri(node: Machine, gluster: str) -> None:
+    """The doors with the URI that Ganeti gives for access=userspace, and no path."""
+    uri, file = "gluster://10.77.0.1:24007/vms/disk", f"{gluster}/disk"
+    node.run(f"qemu-img create -q -f raw {uri} 64M")
+    disk = f"DISK_COUNT=1 DISK_0_URI={uri} DISK_0_ACCESS=rw"
+    node.door("create", f"{disk} OSP_IMAGE=/srv/small.qcow2")
+    node.run(f"cmp --ignore-initial=1M --bytes=30M {file} /srv/small.raw")
+    node.door("rename", f"{disk} OLD_INSTANCE_NAME=vm4.example.com INSTANCE_NAME=vm5.example.com")
+    files = seed(node, file)
+    meta = meta_data(files)
+    assert (meta["instance-id"], meta["local-hostname"]) == (UUID, "vm5.example.com")
+    before = data(node, file)
+    node.door("export > /srv/dump", f"EXPORT_DISK_URI={uri} EXPORT_INDEX=0")
+    node.run(f"qemu-io -f raw -c 'write -P 255 0 64M' {uri}")
+    node.door("import < /srv/dump", f"IMPORT_DISK_URI={uri} IMPORT_INDEX=0")
+    assert data(node, file) == before
+    assert seed(node, file) == files
+    node.run("gluster --mode=script volume stop vms")
+    try:
+        out = node.door("create", f"{disk} OSP_IMAGE=/srv/small.qcow2", 1)
+    finally:
+        node.run("gluster volume start vms")
+    assert f"ERROR: {uri}: " in out
