@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.boot.conftest import build_image
+from tests.boot.instance import user_data
 from tests.conftest import require
 from tests.images import convert, disk_image
 from tests.scripts.conftest import Door
@@ -38,9 +41,15 @@ def door(tmp_path: Path, ceph: Ceph) -> Door:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with small.raw, small.qcow2 and other.raw; machines have them in /srv."""
-    require("qemu-img", "sfdisk")
+    """Return what machines have in /srv: small images, user-data, and debian.qcow2, which boots."""
+    require("qemu-img", "sfdisk", "mmdebstrap", "grub-mkimage")
     folder = tmp_path_factory.mktemp("images")
+    bootable = build_image(folder / "debian.raw")
+    subprocess.run(
+        ["qemu-img", "convert", "-c", "-O", "qcow2", bootable, folder / "debian.qcow2"], check=True
+    )
+    bootable.unlink()
+    (folder / "user-data").write_text(user_data())
     convert(disk_image(folder / "small.raw"), "qcow2")
     disk_image(folder / "other.raw", size_mib=16, seed=2)
     return folder
