@@ -43,7 +43,7 @@ help:
 	@echo "make check-root the tests that need root: loop devices, a real Ganeti cluster, booted guests"
 	@echo "make check-nodes [NODES=\"debian-11 ...\"]  the doors on every release that README names (root)"
 	@echo "make check-guests  guests of six releases boot and say what they got: three quarters of an hour (root)"
-	@echo "make check-storage  the tests on a real Ceph, and on LVM in a virtual machine (root)"
+	@echo "make check-storage  the tests on a real Ceph, and on LVM, DRBD, NFS and Gluster in virtual machines (root)"
 	@echo "make check-ganeti [NODE=debian-13]  the tests on a real Ganeti with another release's (root)"
 	@echo "make qa [NODE=debian-13]    Ganeti's own QA suite and burnin with this OS (root)"
 	@echo "make demo [NODE=debian-13]  show the product at work in a throwaway cluster (root)"
