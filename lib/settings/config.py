@@ -24,33 +24,14 @@ BUNDLE = Path(__file__).resolve().parent.parent.parent
 DIRECTORY = Path("/etc/ganeti/instance-cloudimage")
 FILE_LIMIT_BYTES = 1 << 20
 
+# where the cache may not be: in these folders, or as one of those
 _SYSTEM = set(
     map(Path, ["/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sbin", "/sys", "/usr"])
-)  # and below
-_SHARED = set(
-    map(
-        Path,
-        [
-            "/",
-            "/home",
-            "/media",
-            "/mnt",
-            "/opt",
-            "/root",
-            "/run",
-            "/srv",
-            "/tmp",
-            "/var",
-            "/var/cache",
-            "/var/lib",
-            "/var/log",
-            "/var/mail",
-            "/var/opt",
-            "/var/spool",
-            "/var/tmp",
-        ],
-    )
 )
+_SHARED = {
+    *map(Path, ["/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/tmp", "/var"]),
+    *map(Path("/var").joinpath, ["cache", "lib", "log", "mail", "opt", "spool", "tmp"]),
+}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _NO_PROXY = re.compile(
     r"\*|[0-9A-Fa-f:]+|\.?[A-Za-z0-9_.-]+(:[0-9]{1,5})?|[0-9.]{7,15}/([1-9]|[12][0-9]|3[0-2])"
