@@ -29,11 +29,9 @@ def _fetch(args: argparse.Namespace) -> None:
         pass  # where it would not be kept, nothing is fetched
     problems: list[str] = []
     for image in images:
+        what = log.redact(image) or repr(image)
         try:
-            with (
-                context("", log.redact(image) or repr(image)),
-                obtain.raw_image(common.job(image, args.settings)) as raw,
-            ):
+            with context("", what), obtain.raw_image(common.job(image, args.settings)) as raw:
                 log.step(f"fetch: {image} is ready, {log.size(raw.size_bytes)} once on a disk")
         except Error as error:
             problems += error.lines
