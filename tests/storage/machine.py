@@ -6,6 +6,7 @@ and output, which are a shell there.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import threading
@@ -118,23 +119,26 @@ class Machine(Cluster):
         assert self.run("lvs --noheadings") == ""
 
     def copy(self, volume: str) -> Path:
-        """Copy a volume out of the machine's disk, past its kernel; it must be in one piece.
+        """Copy a volume out of the machine's disk, past its kernel.
 
         What was not synced in the machine is not there.
         """
-        fields = "lv_size,devices"
-        options = "--noheadings --nosuffix --units m"
-        size, place = self.run(f"lvs {options} -o {fields} {volume}").split()
-        (extent,) = re.findall(r"^/dev/vdc\((\d+)\)$", place)
-        target = self.volumes.with_suffix(".copy")
-        subprocess.run(
-            [
-                *("dd", "status=none", f"if={self.volumes}", f"of={target}"),
-                *("bs=1M", "conv=sparse", f"count={int(float(size))}"),
-                f"skip={PE_START_MIB + int(extent) * EXTENT_MIB}",
-            ],
-            check=True,
-        )
+        options = "--noheadings --nosuffix --units m --segments -o seg_size,devices"
+        words = self.run(f"lvs {options} {volume}").split()
+        target, end = self.volumes.with_suffix(".copy"), 0
+        target.unlink(missing_ok=True)
+        for size, place in zip(words[::2], words[1::2]):
+            (extent,) = re.findall(r"^/dev/vdc\((\d+)\)$", place)
+            subprocess.run(
+                [
+                    *("dd", "status=none", f"if={self.volumes}", f"of={target}"),
+                    *("bs=1M", "conv=sparse,notrunc", f"count={int(float(size))}"),
+                    *(f"skip={PE_START_MIB + int(extent) * EXTENT_MIB}", f"seek={end}"),
+                ],
+                check=True,
+            )
+            end += int(float(size))
+        os.truncate(target, end << 20)
         return target
 
 
