@@ -44,7 +44,7 @@ def cache(mount: Path) -> Cache:
 def make(size_bytes: int, work: Path) -> Made:
     raw = work / "image"
     raw.write_bytes(b"x" * size_bytes)
-    return raw, {"url": KEY}
+    return raw, {"url": KEY, "digests": {}, "fetched": "2026-11-27T00:00:00Z"}
 
 
 def keep(_old: Optional[Note], _work: Path) -> Made:
