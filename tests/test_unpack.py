@@ -146,6 +146,10 @@ def large_window() -> bytes:
 
 
 TOO_LARGE = "unpacked, the image is larger than the limit of 64 MiB; if it is what you want, raise"
+BEHIND = {
+    "gz": "there is data behind its end; ",
+    "lz4": "there is data behind its end (lz4 failed with status 1); ",
+}
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     # 10 GiB of zeroes in 10 MB
     "bomb-gz": (lambda: pack(bytes(16 << 20), "gzip", "-c") * 640, TOO_LARGE),
@@ -182,7 +186,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     **{
         f"garbage-{kind}": (
             lambda tool=tool: pack(DISK, tool, "-c") + b"garbage\n",  # type: ignore[misc]
-            f"unpacking {kind}: {'there is data behind its end' if kind in ('gz', 'lz4') else ''}",
+            f"unpacking {kind}: {BEHIND.get(kind, '')}",
         )
         for kind, tool in TOOLS.items()
     },
