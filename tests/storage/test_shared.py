@@ -1,4 +1,4 @@
-"""Instances on storage that nodes share: NFS and Gluster, which the node itself serves."""
+"""Instances on disks that nodes share: NFS and Gluster, served by the node, and adopted ones."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.ganeti.test_gnt_backup import data, meta_data, seed
+from tests.ganeti.test_gnt_backup import data, export, meta_data, restore, seed, uuid
 from tests.ganeti.test_storage import SHARED, a_whole_life
+from tests.images import MIB, assert_image
 from tests.storage.machine import UUID, Machine
+from tests.storage.test_plain import ONE, OTHER, TWO, told
 
 pytestmark = pytest.mark.storage
 TEMPLATES = "gnt-cluster modify --enabled-disk-templates={0} --ipolicy-disk-templates={0} {1}"
@@ -79,3 +81,40 @@ def test_gluster_by_its_uri(node: Machine, gluster: str) -> None:
     finally:
         node.run("gluster volume start vms")
     assert f"ERROR: {uri}: " in out
+
+
+def test_an_adopted_block_device(node: Machine, images: Path) -> None:
+    """Ganeti takes the disk as it is, whoever made it; reinstall writes to it."""
+    node.run("lvcreate --quiet --yes --size 64M --name san xenvg")
+    node.run(TEMPLATES.format("plain,drbd,blockdev", ""))
+    disk, volume = "/dev/disk/by-id/dm-name-xenvg-san", "/dev/xenvg/san"
+    try:
+        node.add(
+            "vm4",
+            f"-t blockdev --ignore-ipolicy -H fake --disk 0:adopt={disk}"
+            f" -o cloudimage+default {ONE} -O image=/srv/small.qcow2",
+        )
+        assert node.run(f"head -c 1M {disk} | tr -d '\\000'") == ""
+        for command, image in (
+            ("gnt-instance reinstall -f vm4.example.com", "small.raw"),
+            (OTHER.format("vm4"), "other.raw"),
+        ):
+            node.run(command)
+            copy = node.copy(volume)
+            assert copy.stat().st_size == 64 * MIB
+            assert_image(copy, images / image)
+        own = uuid(node, "vm4")
+        assert told(copy) == (own, "vm4.example.com", "192.0.2.41/24")
+        before = data(node, disk)
+        node.run("gnt-instance rename --no-ip-check vm4.example.com vm5.example.com")
+        assert told(node.copy(volume)) == (own, "vm5.example.com", "192.0.2.41/24")
+        export(node, "vm5")
+        node.run(f"head -c 64M /dev/zero > {disk}")
+        restore(node, "vm5", "vm6", f"-t plain --ignore-ipolicy --disk 0:size=64M {TWO}")
+        assert data(node, node.disk("vm6")) == before
+        assert data(node, disk) != before
+    finally:
+        for name in ("vm4", "vm5", "vm6"):
+            node.attempt(f"gnt-instance remove -f --ignore-failures {name}.example.com")
+        node.run(f"lvremove --quiet --yes {volume}; rm -rf /var/lib/ganeti/export/*")
+        node.run(TEMPLATES.format("plain,drbd", ""))
