@@ -275,6 +275,15 @@ def test_what_a_hook_must_not_leave(tmp_path: Path) -> None:
     assert str(raised.value) == (
         "CLOUDIMAGE_SEED_DIR holds 65 files, the seed takes 64; let the pre hooks write fewer"
     )
+    for number in range(61):
+        (source / str(number)).unlink()
+    (source / "meta-data").unlink()
+    with pytest.raises(Error) as raised:
+        seed.volume(source, 1 << 20, tmp_path / "volume")
+    assert str(raised.value) == (
+        "meta-data is gone from CLOUDIMAGE_SEED_DIR;"
+        " let the pre hooks change the seed's files, or empty them, but not take them away"
+    )
     assert not (tmp_path / "volume").exists()
 
 

@@ -228,6 +228,12 @@ def _regular_files(directory: Path) -> dict[str, Path]:
                 "let the pre hooks use letters, digits, dots, - and _, at most 64",
             )
         files[path.name] = path
+    missing = [name for name in FILES if name not in files]
+    if missing:  # a guest takes nothing of a seed without meta-data, and rename needs all
+        raise Error(
+            f"{missing[0]} is gone from CLOUDIMAGE_SEED_DIR",
+            "let the pre hooks change the seed's files, or empty them, but not take them away",
+        )
     if len(files) > MAX_FILES:
         raise Error(
             f"CLOUDIMAGE_SEED_DIR holds {len(files)} files, the seed takes {MAX_FILES}",
