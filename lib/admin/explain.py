@@ -64,10 +64,11 @@ def _explain(args: argparse.Namespace) -> None:
     name = args.name.lower().rstrip(".")  # as Ganeti keeps it (netutils.py, GetNormalizedName)
     if not name:
         raise Error("--name: is empty", "give the instance's name")
-    variables = {**EXAMPLE, "INSTANCE_NAME": name, **common.parameters(args.settings)}
-    _base, _plus, variant = args.os.rpartition("+")
-    variables["OS_VARIANT"] = variant or args.os
-    variables.update(_nics(args.nets, name))
+    base, _plus, variant = args.os.rpartition("+")
+    mode, own = _defaults(f"{base or config.BUNDLE.name}+{variant}")
+    own.update(common.parameters(args.settings))
+    variables = {**EXAMPLE, "INSTANCE_NAME": name, "OS_VARIANT": variant, **own}
+    variables.update(_nics(args.nets, name, mode))
     disks = _disks(args.disks)
     env = common.environment(variables)
     job = params.parse(env)
@@ -191,7 +192,17 @@ def _indexed(option: str, text: str) -> tuple[int, dict[str, str]]:
     return int(index), common.pairs(f"{option} {index}:", rest)
 
 
-def _nics(nets: Sequence[str], instance: str) -> dict[str, str]:
+def _defaults(os_name: str) -> tuple[str, dict[str, str]]:
+    """Return a NIC's mode, and the variables of what gnt-os modify set, as the cluster has them."""
+    try:
+        mode, parameters = ganeti.defaults(os_name)
+    except Error as error:
+        log.step(f"explain: without the cluster's own OS parameters and NIC mode: {error.message}")
+        return "bridged", {}
+    return mode, {common.variable(name): value for name, value in parameters.items()}
+
+
+def _nics(nets: Sequence[str], instance: str, mode: str) -> dict[str, str]:
     """Return the variables of the NICs; one without --net has none, and so asks for DHCP.
 
     Ganeti's "none" is the same as to say nothing, and it makes the NICs below the last number.
@@ -205,7 +216,9 @@ def _nics(nets: Sequence[str], instance: str) -> dict[str, str]:
         if keys.get("mac") in ("auto", "generate"):
             del keys["mac"]
         name = keys.pop("network", None)
-        if name is not None:
+        if name is None:
+            variables[f"{prefix}MODE"] = mode
+        else:
             found = ganeti.network(name)
             variables.update({f"{prefix}NETWORK_{key}": value for key, value in found.items()})
         for key, value in keys.items():

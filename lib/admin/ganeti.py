@@ -18,7 +18,7 @@ from typing import Any, Optional
 from lib import run
 from lib.admin import common
 from lib.errors import Error
-from lib.settings import config
+from lib.settings import config, params
 
 ANSWER_S = 120.0
 _FIELDS = (
@@ -38,6 +38,7 @@ class Instance:
     name: str
     node: str
     is_running: bool
+    is_offline: bool
     variables: Mapping[str, str]
 
     @property
@@ -95,7 +96,8 @@ def instance(name: str) -> Instance:
         raise Error(f"{values['name']}: node {values['pnode']} does not tell its state")
     # one that is marked up and has crashed is Ganeti's to stop, too
     running = values["oper_state"] == "Y" or values["admin_state"] == "up"
-    return Instance(values["name"], values["pnode"], running, variables)
+    offline = values["admin_state"] == "offline"
+    return Instance(values["name"], values["pnode"], running, offline, variables)
 
 
 def _nics(values: Mapping[str, str]) -> dict[str, str]:
@@ -122,6 +124,19 @@ def network(name: str) -> dict[str, str]:
     options = ("--no-headers", "--separator=|", "-o", ",".join(_NETWORK_FIELDS))
     row = call("gnt-network", "list", *options, name).strip("\n").split("|")
     return {key: value for key, value in zip(_VARIABLES, row[1:]) if value not in ("", "-")}
+
+
+def defaults(os_name: str) -> tuple[str, dict[str, str]]:
+    """Return the mode of a NIC that says none, and the OS parameters that gnt-os modify set."""
+    info = call("gnt-cluster", "info")
+    nics = info.partition("\nDefault nic parameters: \n")[2]
+    mode = re.search("^    mode: (.+)$", nics, re.MULTILINE)
+    part = info.partition("\nOS parameters: \n")[2].partition("\nHidden OSes: ")[0] + "\n"
+    blocks = re.split(r"^  (\S+): \n", part, flags=re.MULTILINE)  # "", name, text, name, text...
+    own = dict(zip(blocks[1::2], blocks[2::2])).get(os_name, "")
+    pairs = re.split(rf"^    ({'|'.join(params.NAMES)}): ", own, flags=re.MULTILINE)
+    values = (value.removesuffix("\n") for value in pairs[2::2])
+    return mode[1] if mode else "bridged", dict(zip(pairs[1::2], values))
 
 
 def _of_the_cluster(info: str) -> dict[str, str]:

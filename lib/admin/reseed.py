@@ -76,7 +76,9 @@ def _active_disks(instance: Instance) -> Iterator[None]:
     try:
         yield
     finally:
-        _job("deactivate-disks", instance.name)
+        # Ganeti does that by itself to what is marked down only
+        force = ("--force",) if instance.is_offline else ()
+        _job("deactivate-disks", *force, instance.name)
 
 
 def _job(*words: str) -> None:

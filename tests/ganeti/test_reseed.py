@@ -89,6 +89,18 @@ def test_a_running_instance(pair: Cluster, node: str) -> None:
     assert "running" in pair.run(f"gnt-instance list --no-headers -o status {NAME}")
 
 
+def test_one_that_is_marked_offline(pair: Cluster, node: str) -> None:
+    stopped_with(pair, 20)
+    pair.run(f"gnt-instance modify --offline {NAME}")
+    try:
+        pair.run(f"gnt-instance modify -f --net 0:modify,ip=10.77.0.24 {NAME}")
+        pair.run(f"{COMMAND} reseed {NAME}")
+        assert pair.run(f"gnt-instance list --no-headers -o disks_active {NAME}") == "N\n"
+    finally:
+        pair.run(f"gnt-instance modify --online {NAME}")
+    assert "10.77.0.24/24" in seed(pair)["network-config"]
+
+
 def test_the_example_hook(pair: Cluster, node: str) -> None:
     folder = "/etc/ganeti/hooks/instance-modify-post.d"
     hook = f"{folder}/seed-out-of-date"
@@ -163,6 +175,33 @@ def test_explain_asks_ganeti_for_the_network(pair: Cluster, images: Path) -> Non
         f"{COMMAND} explain -o default -O image={images}/small.raw --net 0:network=nowhere", 1
     )
     assert "ERROR: gnt-network list: " in out
+
+
+def test_explain_asks_ganeti_for_the_clusters_defaults(pair: Cluster, images: Path) -> None:
+    settings = f"--show-secrets --disk 0:size=64M -O image={images}/small.raw"
+    nic = "--net 0:ip=192.0.2.9"
+    explain = f"{COMMAND} explain -o cloudimage+default {settings}"
+    text = "dns_search=b.example,vendor_data=#!/bin/sh\n    (true): seed\n,seed=tail"
+    pair.run(f"gnt-os modify -O '{text}' cloudimage+default")
+    modify = "gnt-cluster modify --nic-parameters=link=br0,mode="
+    pair.run(f"{modify}routed")
+    try:
+        out = pair.run(f"{explain} {nic}")
+        assert "seed            tail  (OS parameter)" in out
+        assert "dns_search      b.example  (OS parameter)" in out
+        assert "    (true): seed\n" in out
+        assert '"address": "192.0.2.9/32"' in out
+        assert "seed            gap  (OS parameter)" in pair.run(f"{explain},seed=gap {nic}")
+        assert "192.0.2.9/32" not in pair.run(f"{explain} {nic},mode=bridged")
+        assert "b.example" not in pair.run(f"{COMMAND} explain -o debian-12 {settings}")
+        out = pair.run(f"on 2 {explain} {nic}")
+        words = "explain: without the cluster's own OS parameters and NIC mode: gnt-cluster info: "
+        assert words in out
+        assert "b.example" not in out
+    finally:
+        pair.run(f"{modify}bridged")
+        words = "dns_search=default,vendor_data=default,seed=default"
+        pair.run(f"gnt-os modify -O {words} cloudimage+default")
 
 
 def test_explain_takes_what_add_takes(pair: Cluster, images: Path) -> None:
