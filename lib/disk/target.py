@@ -98,7 +98,7 @@ class Target:
                 if self.head is None:  # share() may have begun
                     self._begin(handle)
                 for block in chain((first,), content):
-                    following = end + _length(block)
+                    following = end + length_of(block)
                     if following > self.size_bytes:
                         raise Error(
                             f"{self.label}: the dump's bytes do not fit on a disk of"
@@ -207,13 +207,14 @@ def _blocks(handle: Handle, first: int = 0) -> Blocks:
             yield handle.read(offset, min(BLOCK_BYTES, end - offset))
 
 
-def _length(block: Block) -> int:
+def length_of(block: Block) -> int:
+    """Return how many bytes of a disk the block stands for."""
     return block if isinstance(block, int) else len(block)
 
 
 def _pieces(block: Block, start: int) -> Iterator[tuple[int, Block]]:
     """Yield (offset, piece) for the block from `start` on; runs of zeroes as their length."""
-    end = _length(block)
+    end = length_of(block)
     if isinstance(block, int) or ZEROES.startswith(block):
         if start < end:
             yield start, end - start

@@ -6,33 +6,19 @@ import errno
 import os
 import signal
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from itertools import groupby
-from typing import BinaryIO, Optional, Protocol, Union
+from typing import BinaryIO, Optional
 
 from lib import log, run
 from lib.compression import widen
 from lib.disk.local import BLOCK_BYTES, ZEROES
+from lib.disk.target import Block, Blocks, Target, length_of
 from lib.errors import Error
 
 HOLE_BYTES = 16 << 20  # a hole this long becomes a ready-made frame instead of zstd's input
 COMPRESSED_PERCENT = 35  # what zstd leaves of a Debian disk's data
-
-Block = Union[bytes, int]  # a disk's content in order: data, or the length of a run of zeroes
-Blocks = Generator[Block, None, None]
-
-
-class Target(Protocol):
-    """What is needed of lib.disk.Target."""
-
-    size_bytes: int
-
-    @property
-    def label(self) -> str: ...
-    def used_bytes(self) -> int: ...
-    def blocks(self) -> Blocks: ...
-    def fill(self, content: Blocks, total_bytes: Optional[int] = None) -> int: ...
 
 
 def dump(
@@ -64,12 +50,10 @@ def _runs(blocks: Blocks, progress: log.Progress) -> Iterator[Block]:
     """Yield data as it comes and zeroes as lengths: HOLE_BYTES as often as possible, then less."""
     done = zeroes = 0
     for block in blocks:
-        done += block if isinstance(block, int) else len(block)
+        done += length_of(block)
         progress.update(done)
-        if isinstance(block, int):
-            zeroes += block
-        elif ZEROES.startswith(block):
-            zeroes += len(block)
+        if isinstance(block, int) or ZEROES.startswith(block):
+            zeroes += length_of(block)
         else:
             yield from _holes(zeroes)
             zeroes = 0
@@ -77,11 +61,9 @@ def _runs(blocks: Blocks, progress: log.Progress) -> Iterator[Block]:
     yield from _holes(zeroes)
 
 
-def _holes(length: int) -> Iterator[int]:
-    for _ in range(length // HOLE_BYTES):
-        yield HOLE_BYTES
-    if length % HOLE_BYTES:
-        yield length % HOLE_BYTES
+def _holes(zeroes: int) -> Iterator[int]:
+    for start in range(0, zeroes, HOLE_BYTES):
+        yield min(HOLE_BYTES, zeroes - start)
 
 
 def _compress(runs: Iterator[Block], output: int) -> None:
