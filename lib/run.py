@@ -18,7 +18,7 @@ from lib import log
 from lib.errors import Error
 from lib.sandbox import Sandbox, enclosed
 
-STDOUT = subprocess.STDOUT  # for callers, who do not import subprocess
+PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT  # for callers, who do not import subprocess
 Process = subprocess.Popen
 DEFAULT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # glibc's arenas, one a thread, would burst a sandbox's limit on the address space

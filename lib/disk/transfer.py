@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from itertools import groupby
 from typing import BinaryIO, Optional
 
@@ -96,22 +96,17 @@ def _frame_of_zeroes() -> bytes:
 def _zstd(output: int) -> Iterator[int]:
     """Yield a pipe to a zstd that writes to `output`; on leaving, Error if it failed."""
     command = ["zstd", "--quiet", "--threads=0", "--check", "--stdout"]
-    with ExitStack() as read_end, ExitStack() as write_end:
-        source, pipe = os.pipe()
-        read_end.callback(os.close, source)
-        write_end.callback(os.close, pipe)
-        widen(pipe)
-        with run.process(command, stdin=source, stdout=output) as child:
-            read_end.close()
-            ended_early = False
-            try:
-                yield pipe
-            except BrokenPipeError:
-                ended_early = True
-            write_end.close()
-            assert child.stderr is not None  # run.process makes a pipe of it
-            words = child.stderr.read().decode("ascii", "backslashreplace").strip()
-            status = child.wait()
+    with run.process(command, stdin=run.PIPE, stdout=output) as child:
+        assert child.stdin is not None and child.stderr is not None  # run.process makes pipes
+        widen(child.stdin)
+        ended_early = False
+        try:
+            yield child.stdin.fileno()
+        except BrokenPipeError:
+            ended_early = True
+        child.stdin.close()
+        words = child.stderr.read().decode("ascii", "backslashreplace").strip()
+        status = child.wait()
     if status == -signal.SIGPIPE:
         raise BrokenPipeError(errno.EPIPE, "the reader of the dump went away")
     if status != 0 or ended_early:
