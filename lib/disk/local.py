@@ -70,14 +70,12 @@ class Local:
         if self.is_empty:
             return
         end = offset + length
-        first = -(-offset // SECTOR_BYTES) * SECTOR_BYTES
-        last = end // SECTOR_BYTES * SECTOR_BYTES
-        if first < last:
-            self._write_zeroes(offset, first)
-            for start in range(first, last, ZERO_STEP_BYTES):
-                self._zero_out(start, min(ZERO_STEP_BYTES, last - start))
-            offset = last
-        self._write_zeroes(offset, end)
+        first = min(end, -(-offset // SECTOR_BYTES) * SECTOR_BYTES)
+        last = max(first, end // SECTOR_BYTES * SECTOR_BYTES)
+        self._write_zeroes(offset, first)
+        for start in range(first, last, ZERO_STEP_BYTES):
+            self._zero_out(start, min(ZERO_STEP_BYTES, last - start))
+        self._write_zeroes(last, end)
 
     def _write_zeroes(self, start: int, end: int) -> None:
         for offset in range(start, end, BLOCK_BYTES):
@@ -126,28 +124,20 @@ class Local:
         with self._naming():
             os.fsync(self.descriptor)
 
-    def extents(self) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, end, is data) from 0 to the end; a device is data everywhere."""
-        end = 0
-        while end < self.size_bytes:
-            start = self._next_data(end)
-            if start > end:
-                yield end, start, False
-            end = self.size_bytes
-            if start < end:
-                if self.is_file:
-                    end = os.lseek(self.descriptor, start, os.SEEK_HOLE)
-                yield start, end, True
-
-    def _next_data(self, offset: int) -> int:
+    def data(self, first: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what is no hole from `first` on; a device has none."""
         if not self.is_file:
-            return offset
-        try:
-            return os.lseek(self.descriptor, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return self.size_bytes  # nothing but a hole up to the end
+            yield first, self.size_bytes
+            return
+        while first < self.size_bytes:
+            try:
+                start = os.lseek(self.descriptor, first, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # nothing but a hole up to the end
+            first = os.lseek(self.descriptor, start, os.SEEK_HOLE)
+            yield start, first
 
 
 @contextmanager

@@ -67,9 +67,9 @@ class Connection:
         for start in range(offset, offset + length, ZERO_LIMIT_BYTES):
             self._begin(WRITE_ZEROES, start, min(ZERO_LIMIT_BYTES, offset + length - start))
 
-    def extents(self) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, end, is data): all of it is."""
-        yield 0, self.size_bytes, True
+    def data(self, first: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what is no hole from `first` on: all of it."""
+        yield first, self.size_bytes
 
     def sync(self) -> None:
         """Return when everything written is on stable storage."""

@@ -197,14 +197,14 @@ def _wipe_ends(handle: Handle) -> None:
 
 
 def _blocks(handle: Handle, first: int = 0) -> Blocks:
-    for start, end, is_data in handle.extents():
-        start = max(start, first)
-        if not is_data and start < end:
-            yield end - start
-        if not is_data:
-            continue
+    for start, end in handle.data(first):
+        if first < start:
+            yield start - first
         for offset in range(start, end, BLOCK_BYTES):
             yield handle.read(offset, min(BLOCK_BYTES, end - offset))
+        first = end
+    if first < handle.size_bytes:
+        yield handle.size_bytes - first
 
 
 def length_of(block: Block) -> int:
