@@ -100,7 +100,7 @@ class Local:
 
     def empty(self) -> None:
         """Make a file one hole where its file system can; the size never changes meanwhile."""
-        self.is_empty = self._punch(0, self.size_bytes)
+        self.is_empty = self.is_file and self._punch(0, self.size_bytes)
 
     def clone(self, image: Local, start: int) -> int:
         """Let a file share the blocks of `image` from `start` on; return where the sharing ends.

@@ -39,6 +39,8 @@ class Connection:
     error of one is raised by a later call, by sync() at the latest.
     """
 
+    is_device = is_empty = False  # as a disk that has a path may be
+
     def __init__(self, server: socket.socket, uri: str, ended: Callable[[], str]) -> None:
         self.server, self.uri = server, uri
         self.ended = ended  # ends the server and returns what it said last
@@ -80,11 +82,6 @@ class Connection:
         with self._exchange():
             self.server.sendall(struct.pack(REQUEST, REQUEST_MAGIC, 0, DISCONNECT, 0, 0, 0))
             self.server.shutdown(socket.SHUT_WR)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether requests can still be made."""
-        return self.failure is None
 
     def _begin(self, kind: int, offset: int, length: int, data: bytes = b"") -> None:
         """Send a request as soon as there may be one more under way."""

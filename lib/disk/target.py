@@ -33,8 +33,8 @@ class Target:
     is_device: bool
     touched: bool = field(default=False, init=False)  # something was written
     held: Optional[Handle] = field(default=None, init=False)  # by hold()
-    # the first MiB, withheld from the disk while it is filled: fill() to finish()
-    head: Optional[bytearray] = field(default=None, init=False)
+    # the first MiB, withheld from the disk while it is filled: fill() to sync()
+    head: bytearray = field(default_factory=bytearray, init=False)
 
     @property
     def label(self) -> str:
@@ -55,20 +55,22 @@ class Target:
         """Return `length` bytes from `offset` on."""
         with self.opened(writable=False) as handle:
             data = handle.read(offset, length)
-        if self.head is not None and offset < len(self.head):
-            withheld = bytes(self.head[offset : offset + length])
-            data = withheld + data[len(withheld) :]
-        return data
+        withheld = bytes(self.head[offset : offset + length])
+        return withheld + data[len(withheld) :]
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write `data` at `offset`; between fill() and finish() the head only takes note of it."""
-        if self.head is not None and offset < len(self.head):
-            count = min(len(data), len(self.head) - offset)
-            self.head[offset : offset + count] = data[:count]
-            offset, data = offset + count, data[count:]
-        if data:
+        """Write `data` at `offset`; between fill() and sync() the head only takes note of it."""
+        held = self._withhold(offset, data)
+        if held < len(data):
             with self.opened(writable=True) as handle:
-                handle.write(offset, data)
+                handle.write(offset + held, data[held:])
+
+    def _withhold(self, offset: int, block: Block) -> int:
+        """Take note of what of the block belongs to the withheld head; return its length."""
+        held = max(0, min(length_of(block), len(self.head) - offset))
+        if not isinstance(block, int):
+            self.head[offset : offset + held] = block[:held]
+        return held
 
     def used_bytes(self) -> int:
         """Return how much of the disk may hold data: all, but for sparse files."""
@@ -85,7 +87,7 @@ class Target:
         """Write `content` from `start` on, behind what is there; return where it ends, in bytes.
 
         Zeroes become holes of a file and real zeroes of anything else. The first MiB is withheld
-        until finish(): what is cut short, by a power cut too, does not boot. Stale data is wiped
+        until sync(): what is cut short, by a power cut too, does not boot. Stale data is wiped
         from the disk's last MiB (second GPT, md 0.90 and 1.0, ZFS) and, behind the content, from
         the first MiB of where a next partition would begin: there lie all signatures that could
         revive an old one.
@@ -95,7 +97,7 @@ class Target:
         with closing(content):
             first = next(content, b"")  # what fails at once leaves the disk as it was
             with self.opened(writable=True) as handle:
-                if self.head is None:  # share() may have begun
+                if not self.head:  # share() may have begun
                     self._begin(handle)
                 for block in chain((first,), content):
                     following = end + length_of(block)
@@ -105,10 +107,7 @@ class Target:
                             f" {log.size(self.size_bytes)} ({self.size_bytes} bytes)",
                             f"use --disk {self.disk.index}:size= with the size of the dumped disk",
                         )
-                    held = max(0, min(following, MIB) - end)
-                    if held and self.head is not None and not isinstance(block, int):
-                        self.head[end : end + held] = block[:held]
-                    for offset, piece in _pieces(block, held):
+                    for offset, piece in _pieces(block, self._withhold(end, block)):
                         if isinstance(piece, int):
                             zeroes += piece  # in one: Ceph gives back whole objects only
                             continue
@@ -119,14 +118,14 @@ class Target:
                     progress.update(end)
                 behind = min(self.size_bytes, max(MIB, -(-end // MIB) * MIB + MIB))
                 handle.zero(end - zeroes, behind - end + zeroes)
-                _forget_emptiness(handle)
+                handle.is_empty = False
         progress.end()
         return end
 
     def _begin(self, handle: Handle) -> None:
-        if isinstance(handle, Local) and handle.is_file:
+        if isinstance(handle, Local):
             handle.empty()
-        if not (isinstance(handle, Local) and handle.is_empty):
+        if not handle.is_empty:
             _wipe_ends(handle)
         handle.sync()
         self.head = bytearray(min(MIB, self.size_bytes))
@@ -141,21 +140,10 @@ class Target:
                 return 0
             self._begin(handle)
             end = handle.clone(image, MIB)
-        if end == MIB or self.head is None:
+        if end == MIB:
             return 0
         self.head[:] = image.read(0, MIB)
         return end
-
-    def finish(self) -> None:
-        """Write the first MiB when all else is on stable storage, its first sectors last of all."""
-        if self.head is None:
-            return
-        head, self.head = bytes(self.head), None
-        with self.opened(writable=True) as handle:
-            for start, end in ((FIRST_BYTES, len(head)), (0, FIRST_BYTES)):
-                handle.sync()
-                handle.write(start, head[start:end])
-            handle.sync()
 
 
 @contextmanager
@@ -183,11 +171,6 @@ def _opened(disk: Disk, *, writable: bool) -> Iterator[Handle]:
             yield connection
     else:
         raise Error(f"{disk.label}: neither a path nor a URI is known")
-
-
-def _forget_emptiness(handle: Handle) -> None:
-    if isinstance(handle, Local):
-        handle.is_empty = False
 
 
 def _wipe_ends(handle: Handle) -> None:
@@ -236,7 +219,6 @@ def _is_zero(block: bytes, start: int) -> bool:
 def open_target(disk: Disk) -> Target:
     """Return the disk as a target; Error unless it can be reached and has a size."""
     with _opened(disk, writable=False) as handle:
-        is_device = isinstance(handle, Local) and handle.is_device
         if isinstance(handle, Local) and not (handle.is_device or handle.is_file):
             raise Error(f"{disk.label}: neither a block device nor a regular file")
         if handle.size_bytes == 0:
@@ -244,22 +226,19 @@ def open_target(disk: Disk) -> Target:
                 f"{disk.label}: the disk has no bytes",
                 "activate it with gnt-instance activate-disks",
             )
-        return Target(disk, handle.size_bytes, is_device)
+        return Target(disk, handle.size_bytes, handle.is_device)
 
 
 def require(target: Target, image_size_bytes: int) -> None:
     """Raise an Error with both sizes unless the image fits."""
     if image_size_bytes > target.size_bytes:
-        raise _too_small(target, image_size_bytes)
-
-
-def _too_small(target: Target, needed_bytes: int) -> Error:
-    gib, mib = -(-needed_bytes // GIB), -(-needed_bytes // MIB)
-    return Error(
-        f"{target.label}: {log.size(needed_bytes)} ({needed_bytes} bytes) do not fit on a disk of "
-        f"{log.size(target.size_bytes)} ({target.size_bytes} bytes)",
-        f"use --disk {target.disk.index}:size={f'{mib}M' if needed_bytes < GIB else f'{gib}G'}",
-    )
+        mib, gib = -(-image_size_bytes // MIB), -(-image_size_bytes // GIB)
+        size = f"{mib}M" if image_size_bytes < GIB else f"{gib}G"
+        raise Error(
+            f"{target.label}: {log.size(image_size_bytes)} ({image_size_bytes} bytes) do not fit"
+            f" on a disk of {log.size(target.size_bytes)} ({target.size_bytes} bytes)",
+            f"use --disk {target.disk.index}:size={size}",
+        )
 
 
 @contextmanager
@@ -280,7 +259,7 @@ def claim(target: Target) -> Iterator[None]:
 def write(source: BinaryIO, target: Target) -> None:
     """Put the raw image `source`, a regular file, on the disk: a reflink where that is possible.
 
-    The disk's first MiB is withheld until target.finish().
+    The disk's first MiB is withheld until sync().
     """
     image = Local(source.fileno(), str(source.name))
     require(target, image.size_bytes)
@@ -290,11 +269,11 @@ def write(source: BinaryIO, target: Target) -> None:
 
 def wipe_head(target: Target) -> None:
     """Make the disk unbootable: no first MiB, no second GPT in the last one; synced."""
-    target.head = None
-    if isinstance(target.held, nbd.Connection) and not target.held.is_open:
+    target.head.clear()
+    if isinstance(target.held, nbd.Connection) and target.held.failure is not None:
         target.held = None  # what was begun there was not ended: another connection is needed
     with target.opened(writable=True) as handle:
-        _forget_emptiness(handle)
+        handle.is_empty = False
         _wipe_ends(handle)
         handle.sync()
 
@@ -319,9 +298,18 @@ def unbootable_on_failure(target: Target) -> Iterator[None]:
 
 
 def sync(target: Target) -> None:
-    """Return when the disk is on stable storage, its withheld head last."""
-    if target.head is not None:
-        target.finish()
+    """Return when the disk is on stable storage.
+
+    What fill() withheld is written when all else is there, the first sectors last of all.
+    """
+    if target.head:
+        head = bytes(target.head)
+        target.head.clear()
+        with target.opened(writable=True) as handle:
+            for start, end in ((FIRST_BYTES, len(head)), (0, FIRST_BYTES)):
+                handle.sync()
+                handle.write(start, head[start:end])
+            handle.sync()
     elif target.disk.path is not None or target.held is not None:
         # else it is a URI, whose writes were flushed as it was closed
         with target.opened(writable=False) as handle:
