@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import BinaryIO, Optional
 
 from lib import log, run, workspace
 from lib.disk.partition_table import (
     HEAD_SECTORS,
     MBR_LIMIT,
-    PROTECTIVE,
     SECTOR,
     Header,
     Partition,
     Sectors,
     Table,
     look,
+    protective,
     read_header,
     write_header,
 )
@@ -55,9 +54,9 @@ class Extent:
         return self.offset_bytes // SECTOR
 
     @property
-    def count(self) -> int:
-        """Its sectors."""
-        return self.size_bytes // SECTOR
+    def last(self) -> int:
+        """Its last sector."""
+        return (self.offset_bytes + self.size_bytes) // SECTOR - 1
 
 
 @dataclass(frozen=True)
@@ -93,31 +92,23 @@ def plan(read: Read, image_size_bytes: int, disk_size_bytes: int, seed: str) -> 
     place = None
     if seed != "none":
         place = _place(table, image, image_size_bytes, disk_size_bytes, seed)
-    new = place if place is not None and place.kind in ("gap", "tail") else None
+    new = None
+    if place is not None and place.kind in ("gap", "tail") and table.free is not None:
+        name = FAT16 if table.gpt is None else SEED_NAME
+        new = Partition(table.free, place.first, place.last, name, b"")
     if table.gpt is None and new is None:
         return Plan((), place)
     ranges = _ranges(table, image, disk_sectors)
     with context("fitting the partition table to the disk"):
         edited = _edit(table, image(0, HEAD_SECTORS), disk_sectors, new, ranges)
-    inside = image_size_bytes // SECTOR
-    writes = [
-        (first * SECTOR, data)
-        for (first, count), data in zip(ranges, edited)
-        if first + count > inside or data != image(first, count)
-    ]
-    mbr = _protective(image(0, 1), disk_sectors) if table.gpt is not None else image(0, 1)
-    if mbr != image(0, 1) and not any(offset == 0 for offset, _data in writes):
-        writes.insert(0, (0, mbr))
+    if table.gpt is not None:
+        edited.insert(0, (0, protective(image(0, 1), disk_sectors)))
+    writes = (
+        (offset, data)
+        for offset, data in edited
+        if offset + len(data) > image_size_bytes or data != read(offset, len(data))
+    )
     return Plan(tuple(writes), place)
-
-
-def _protective(mbr: bytes, disk_sectors: int) -> bytes:
-    """Return the protective MBR with the size of the disk (UEFI 5.2.3); a hybrid one stays."""
-    entry, others = mbr[446:462], mbr[462:510]
-    if entry[4] != PROTECTIVE or any(others):
-        return mbr
-    size = min(disk_sectors - 1, 0xFFFFFFFF).to_bytes(4, "little")
-    return mbr[:458] + size + mbr[462:]
 
 
 def end_bytes(read: Read, size_bytes: int) -> int:
@@ -258,25 +249,28 @@ def _edit(
     table: Table,
     head: bytes,
     disk_sectors: int,
-    place: Optional[Extent],
+    new: Optional[Partition],
     ranges: Sequence[tuple[int, int]],
-) -> list[bytes]:
-    """Let sfdisk spread the table and add a partition; return what is then in `ranges`.
+) -> list[tuple[int, bytes]]:
+    """Let sfdisk spread the table and add a partition; return what is then in `ranges`, and where.
 
     It edits in place (-N): a dump and restore would write every entry anew from text and lose
     attribute bits 3 to 47 and malformed names. It sees the head only: the GPT's second copy is
     made from the first, and the logical partitions of an MBR are none of our business.
     """
-    new = None
-    if place is not None and table.free is not None:
-        name = SEED_NAME if table.gpt else FAT16
-        new = Partition(table.free, place.first, place.first + place.count - 1, name, b"")
-    gpt = _spread(table, disk_sectors, place)
-    given = head
-    if gpt is not None:
-        given = head[:SECTOR] + write_header(head[SECTOR:][:SECTOR], gpt) + head[2 * SECTOR :]
-    # a free sector for an MBR on a full disk, which knows no size: sfdisk looks for one first
-    with _stand_in(given, disk_sectors + (0 if gpt else HEAD_SECTORS)) as stand_in:
+    gpt = _spread(table, disk_sectors, new)
+    # a file with a name, as bubblewrap binds none without one
+    with workspace.folder() as work, open(work / "disk", "w+b") as stand_in:
+
+        def disk(first: int, count: int) -> bytes:
+            return os.pread(stand_in.fileno(), count * SECTOR, first * SECTOR)
+
+        stand_in.write(head)
+        if gpt is not None:
+            stand_in.seek(SECTOR)
+            stand_in.write(write_header(head[SECTOR : 2 * SECTOR], gpt))
+        # a free sector for an MBR on a full disk, which knows no size: sfdisk looks for one first
+        stand_in.truncate((disk_sectors + (0 if gpt else HEAD_SECTORS)) * SECTOR)
         if new is None:
             _sfdisk(stand_in, "--no-tell-kernel", "--relocate", "gpt-bak-std")
         else:
@@ -287,22 +281,18 @@ def _edit(
                 *("-N", str(new.number)),
                 script=f"start={new.first}, size={new.last - new.first + 1}, type={kind}\n",
             )
-
-        def disk(first: int, count: int) -> bytes:
-            return os.pread(stand_in, count * SECTOR, first * SECTOR)
-
         after = look(disk)
         if (
             after is None
             or not _only_added(table, after, new)
-            or not (_is_spread(gpt, disk) if gpt else _is_kept(head, disk(0, 1), new))
-            or not {(p.number, p.first, p.last) for p in after.partitions} <= _listed(stand_in)
+            or not (_is_spread(gpt, after.gpt, disk) if gpt else _is_kept(head, disk(0, 1), new))
+            or not {p[:3] for p in after.partitions} <= _listed(stand_in)
         ):
             raise Error("sfdisk did something else than it was asked to", "report this as a bug")
-        return [disk(first, count) for first, count in ranges]
+        return [(first * SECTOR, disk(first, count)) for first, count in ranges]
 
 
-def _spread(table: Table, disk_sectors: int, place: Optional[Extent]) -> Optional[Header]:
+def _spread(table: Table, disk_sectors: int, new: Optional[Partition]) -> Optional[Header]:
     """Return the GPT's header as the disk must have it, but for the checksums.
 
     sfdisk would find the second copy's place too, but stays above FirstUsableLBA. It goes down
@@ -311,39 +301,25 @@ def _spread(table: Table, disk_sectors: int, place: Optional[Extent]) -> Optiona
     if table.gpt is None:
         return None
     first = table.gpt.first_lba
-    if place is not None and place.kind == "gap":
+    if new is not None and new.first < HEAD_SECTORS:  # no tail lies there
         first = min(first, max(34, table.gpt.array_end))
     return table.gpt._replace(
         first_lba=first, last_lba=table.end(disk_sectors) - 1, alternate_lba=disk_sectors - 1
     )
 
 
-@contextmanager
-def _stand_in(head: bytes, sectors: int) -> Iterator[int]:
-    """Open a sparse file with this head; by name, as bubblewrap binds no file without one."""
-    with workspace.folder() as work:
-        descriptor = os.open(work / "disk", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.pwrite(descriptor, head, 0)
-            os.truncate(descriptor, sectors * SECTOR)
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-
-def _sfdisk(stand_in: int, *options: str, script: str = "") -> str:
-    size = os.fstat(stand_in).st_size
+def _sfdisk(stand_in: BinaryIO, *options: str, script: str = "") -> str:
     return run.run(
         ["sfdisk", *options, "/disk"],
         input=script.encode(),
         sandbox=Sandbox(
-            write={"/disk": stand_in},
-            limits=Limits(file_size_bytes=size, cpu_s=10, wall_s=30),
+            write={"/disk": stand_in.fileno()},
+            limits=Limits(file_size_bytes=stand_in.seek(0, os.SEEK_END), cpu_s=10, wall_s=30),
         ),
     )
 
 
-def _listed(stand_in: int) -> set[tuple[int, int, int]]:
+def _listed(stand_in: BinaryIO) -> set[tuple[int, int, int]]:
     """Return number, first and last sector of what sfdisk takes for partitions.
 
     Numbers only: the names are the image's, and one that is no Unicode breaks --json.
@@ -355,9 +331,8 @@ def _listed(stand_in: int) -> set[tuple[int, int, int]]:
 
 def _only_added(before: Table, after: Table, new: Optional[Partition]) -> bool:
     """Whether all entries are as they were, to the byte, and none but `new` was added."""
-    kept = tuple(p for p in after.partitions if p in before.partitions)
-    added = [p[:4] for p in after.partitions if p not in before.partitions]
-    return kept == before.partitions and added == ([] if new is None else [new[:4]])
+    entries = {p if p in before.partitions else p._replace(entry=b"") for p in after.partitions}
+    return entries == {*before.partitions, *([] if new is None else [new])}
 
 
 def _is_kept(before: bytes, after: bytes, new: Optional[Partition]) -> bool:
@@ -366,13 +341,10 @@ def _is_kept(before: bytes, after: bytes, new: Optional[Partition]) -> bool:
     return before[:at] + before[at + 16 : SECTOR] == after[:at] + after[at + 16 :]
 
 
-def _is_spread(gpt: Header, disk: Sectors) -> bool:
-    """Whether the GPT has this header, and its second copy at the disk's end says the same."""
-    last, end, length = gpt.alternate_lba, gpt.last_lba + 1, gpt.slots * gpt.entry_size
-    first, second = read_header(disk(1, 1), 1), read_header(disk(last, 1), last)
-    mirrored = gpt._replace(lba=last, alternate_lba=1, array_lba=end)
+def _is_spread(gpt: Header, found: Optional[Header], disk: Sectors) -> bool:
+    """Whether the GPT that was found has this header, but for the checksums, and twice."""
     return (
-        (first and first.without_checksums()) == gpt.without_checksums()
-        and (second and second.without_checksums()) == mirrored.without_checksums()
-        and disk(end, last - end)[:length] == disk(gpt.array_lba, last - end)[:length]
+        found is not None
+        and found._replace(crc=gpt.crc, array_crc=gpt.array_crc) == gpt
+        and found.is_mirrored(disk)
     )

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional
 
 from lib.errors import Error
 
@@ -55,9 +55,15 @@ class Header(NamedTuple):
         """The first sector behind the array of entries."""
         return self.array_lba + self.array_sectors
 
-    def without_checksums(self) -> Header:
-        """Return the header for comparisons: valid ones differ in their checksums too."""
-        return self._replace(crc=0, array_crc=0)
+    def is_mirrored(self, disk: Sectors) -> bool:
+        """Whether the second copy, right behind what partitions may use, says the same."""
+        lba, array_lba, length = self.alternate_lba, self.last_lba + 1, self.slots * self.entry_size
+        second = read_header(disk(lba, 1), lba)
+        if second is None:
+            return False
+        arrays = [disk(at, self.array_sectors)[:length] for at in (self.array_lba, array_lba)]
+        mirrored = self._replace(lba=lba, alternate_lba=self.lba, array_lba=array_lba)
+        return arrays[0] == arrays[1] and second == mirrored._replace(crc=second.crc)
 
 
 class Partition(NamedTuple):
@@ -168,7 +174,14 @@ def write_header(sector: bytes, header: Header) -> bytes:
     return _HEADER.pack(*header._replace(crc=_checksum(packed))) + sector[_HEADER.size :]
 
 
-def _checksum(sector: Union[bytes, bytearray]) -> int:
+def protective(mbr: bytes, disk_sectors: int) -> bytes:
+    """Return the protective MBR with the size of the disk (UEFI 5.2.3); a hybrid one stays."""
+    if mbr[450] != PROTECTIVE or any(mbr[462:510]):
+        return mbr
+    return mbr[:458] + struct.pack("<I", min(disk_sectors - 1, 0xFFFFFFFF)) + mbr[462:]
+
+
+def _checksum(sector: bytes) -> int:
     (size,) = struct.unpack_from("<I", sector, 12)
     return zlib.crc32(sector[:16] + bytes(4) + sector[20:size])
 
