@@ -176,11 +176,8 @@ def _seed_partitions(table: Table, end: int) -> list[Extent]:
 def _place(table: Table, image: Sectors, image_size: int, disk_size: int, seed: str) -> Extent:
     """Return the first place that the image and `seed` allow."""
     for each in _seed_partitions(table, disk_size // SECTOR):
-        if each.kind == DRIVE_NAME:
-            usable = seed == "auto"
-        else:
-            usable = table.gpt is not None or _is_seed(image(each.first, 1))
-        if usable:
+        is_wanted = seed == "auto" or each.kind == SEED_NAME
+        if is_wanted and (table.gpt is not None or _is_seed(image(each.first, 1))):
             return each
     reasons = []
     for kind in ("gap", "tail") if seed == "auto" else (seed,):
