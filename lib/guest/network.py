@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -14,7 +14,6 @@ from ipaddress import (
     IPv6Network,
     ip_address,
     ip_interface,
-    ip_network,
 )
 from typing import Any, Optional, Union
 
@@ -23,6 +22,7 @@ from lib.environment import Nic
 from lib.errors import Error
 
 Address = Union[IPv4Address, IPv6Address]
+Network = Union[IPv4Network, IPv6Network]
 
 COMMUNICATION_PREFIX_LENGTH = 16  # of 169.254.0.0/16, Ganeti's constants.py
 # A routed NIC without a network has an address but no prefix and no gateway. Ganeti's net-common
@@ -34,7 +34,7 @@ DEFAULT_ROUTES = {4: "0.0.0.0/0", 6: "::/0"}  # "default" crashes most renderers
 _DOMAIN = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Static:
     """An address of the guest's own, its prefix, and the default gateway if it has one."""
 
@@ -53,18 +53,25 @@ class _Static:
         return self.family == 4 or not self.gateway.is_link_local
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Link:
-    """One NIC: the families that it asks DHCP for, its own addresses, and the resolver's data."""
+    """One NIC: the family that it asks DHCP for, its own addresses, and the resolver's data."""
 
     nic: Nic
-    dhcp: tuple[int, ...] = ()
-    static: tuple[_Static, ...] = ()
-    dns: dict[str, list[str]] = field(default_factory=dict)
+    dhcp: Optional[int] = None
+    static: list[_Static] = field(default_factory=list)
+    name_servers: list[Address] = field(default_factory=list)
+    search: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return f"eth{self.nic.index}"
+
+    @property
+    def dns(self) -> dict[str, list[str]]:
+        """What the resolver gets, by version 1's words without their dns_."""
+        words = {"nameservers": [str(each) for each in self.name_servers], "search": self.search}
+        return {key: value for key, value in words.items() if value}
 
 
 def config(
@@ -81,15 +88,16 @@ def config(
     (gateway4, gateway6), and has a route only where on-link must be said.
     https://docs.cloud-init.io/en/latest/reference/network-config.html
     """
-    dns = _dns(dns_servers, dns_search)
+    for domain in dns_search:
+        if not _DOMAIN.fullmatch(domain):
+            raise Error(f"dns_search={domain!r} is not a domain", "write it as example.com")
+    name_servers = [_ip("dns_servers", server) for server in dns_servers]
     _check_macs(nics)
-    links = _one_gateway_a_family([_link(nic, mode) for nic in nics])
-    carriers = [n for n, link in enumerate(links) if not link.nic.is_communication]
-    if dns and carriers:
-        # all on one NIC: some renderers keep the last list only
-        carrier = min(carriers, key=lambda n: not any(each.gateway for each in links[n].static))
-        order = [carrier, *(n for n in carriers if n != carrier and not links[n].dhcp)]
-        links = _with_name_servers(links, order, dns)
+    links = [_link(nic, mode) for nic in nics]
+    _leave_one_gateway_a_family(links)
+    carriers = [link for link in links if not link.nic.is_communication]
+    if carriers:
+        _spread_dns(carriers, name_servers, list(dns_search))
     if version == 1:
         entries = [_version1(link) for link in links]
         entries += [_nameserver(link) for link in links if link.dns and not link.static]
@@ -97,42 +105,42 @@ def config(
     return {"version": 2, "ethernets": {link.name: _version2(link) for link in links}}
 
 
-def _with_name_servers(
-    links: Sequence[_Link], order: Sequence[int], dns: dict[str, list[str]]
-) -> list[_Link]:
-    """Give the first NIC all that it can use, and the next ones what is left of the servers."""
-    result, left = list(links), dns
-    for n in order:
-        taken = _of_its_families(result[n], left)
-        result[n] = replace(result[n], dns=taken)
-        servers = [s for s in left.get("nameservers", []) if s not in taken.get("nameservers", [])]
-        left = {"nameservers": servers} if servers else {}
-        if not left:
-            break
-    for server in left.get("nameservers", []):
-        log.warning(f"dns_servers: {server} is left out, no NIC has an address of its family")
-    return result
+def _leave_one_gateway_a_family(links: Sequence[_Link]) -> None:
+    """Keep the first default gateway of each family.
 
-
-def _of_its_families(link: _Link, dns: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Leave out name servers of a family that the NIC does not have.
-
-    NetworkManager refuses the whole profile for one (EL 9.1 to 9.4: no address at all), and the
-    guest could not reach them by it. With DHCP nobody knows what the NIC will have.
+    A second default route is an error to ifupdown, which then leaves that NIC down, and a matter
+    of chance elsewhere.
     """
-    if link.dhcp:
-        return dns
-    families = {each.family for each in link.static}
-    servers = dns.get("nameservers", [])
-    kept = [server for server in servers if ip_address(server).version in families]
-    result = {"nameservers": kept, "search": dns.get("search", [])}
-    return {key: value for key, value in result.items() if value}
+    seen: set[int] = set()
+    for each in (each for link in links for each in link.static):
+        if each.family in seen:
+            each.gateway = None
+        elif each.gateway is not None:
+            seen.add(each.family)
+
+
+def _spread_dns(links: Sequence[_Link], servers: list[Address], search: list[str]) -> None:
+    """Give one NIC all that it can use, and the next ones what is left of the servers.
+
+    None gets a server of a family that it does not have: NetworkManager refuses the whole profile
+    for one (EL 9.1 to 9.4: no address at all), and the guest could not reach it there. With DHCP
+    nobody knows what the NIC will have.
+    """
+    # all on one NIC: some renderers keep the last list only
+    first = min(links, key=lambda link: not any(each.gateway for each in link.static))
+    first.search = search
+    for link in (first, *(each for each in links if each is not first and not each.dhcp)):
+        families = {4, 6} if link.dhcp else {each.family for each in link.static}
+        link.name_servers = [server for server in servers if server.version in families]
+        servers = [server for server in servers if server.version not in families]
+    for server in servers:
+        log.warning(f"dns_servers: {server} is left out, no NIC has an address of its family")
 
 
 def _version1(link: _Link) -> dict[str, Any]:
-    subnets: list[dict[str, Any]] = [
-        {"type": "dhcp" if family == 4 else "dhcp6"} for family in link.dhcp
-    ]
+    subnets: list[dict[str, Any]] = []
+    if link.dhcp:
+        subnets.append({"type": "dhcp" if link.dhcp == 4 else "dhcp6"})
     for each in link.static:
         subnet: dict[str, Any] = {
             "type": "static" if each.family == 4 else "static6",
@@ -141,7 +149,8 @@ def _version1(link: _Link) -> dict[str, Any]:
         if each.gateway is not None:
             subnet["gateway"] = str(each.gateway)
         subnets.append(subnet)
-    for subnet in subnets[: 1 + len(link.dhcp)]:  # what stands beside DHCP, not all renderers read
+    # what stands beside DHCP, not all renderers read
+    for subnet in subnets[: 2 if link.dhcp else 1]:
         subnet.update({f"dns_{key}": value for key, value in link.dns.items()})
     return {
         "type": "physical",
@@ -167,7 +176,8 @@ def _nameserver(link: _Link) -> dict[str, Any]:
 
 def _version2(link: _Link) -> dict[str, Any]:
     entry: dict[str, Any] = {"match": {"macaddress": link.nic.mac}, "set-name": link.name}
-    entry.update({f"dhcp{family}": True for family in link.dhcp})
+    if link.dhcp:
+        entry[f"dhcp{link.dhcp}"] = True
     if link.static:
         entry["addresses"] = [str(each.interface) for each in link.static]
     for each in link.static:
@@ -186,9 +196,9 @@ def _link(nic: Nic, mode: str) -> _Link:
     """Decide how this NIC gets its addresses."""
     ip = None if nic.ip is None else _ip(f"NIC_{nic.index}_IP", nic.ip)
     if nic.is_communication and ip is not None:
-        return _Link(nic, static=(_Static(_with_prefix(ip, COMMUNICATION_PREFIX_LENGTH), None),))
+        return _Link(nic, static=[_Static(ip_interface((ip, COMMUNICATION_PREFIX_LENGTH)), None)])
     if mode == "dhcp":
-        return _Link(nic, dhcp=(4,))
+        return _Link(nic, dhcp=4)
     family = 4 if ip is None else ip.version
     own = None if ip is None else _static(nic, ip)
     derived = None if family == 6 else _derived(nic)
@@ -201,8 +211,8 @@ def _link(nic: Nic, mode: str) -> _Link:
     is_ipv6_only = ip is None and derived is not None and nic.subnet is None
     return _Link(
         nic,
-        dhcp=() if own or is_ipv6_only else (family,),
-        static=tuple(each for each in (own, derived) if each is not None),
+        dhcp=None if own or is_ipv6_only else family,
+        static=[each for each in (own, derived) if each is not None],
     )
 
 
@@ -212,14 +222,14 @@ def _static(nic: Nic, ip: Address) -> Optional[_Static]:
     if subnet is None:
         if nic.mode != "routed":
             return None
-        return _Static(_with_prefix(ip, ip.max_prefixlen), ROUTED_GATEWAYS[ip.version])
+        return _Static(ip_interface((ip, ip.max_prefixlen)), ROUTED_GATEWAYS[ip.version])
     if ip not in subnet:
         suffix = "" if ip.version == 4 else "6"
         raise Error(
             f"NIC_{nic.index}_IP={ip} is outside NIC_{nic.index}_NETWORK_SUBNET{suffix}={subnet}",
             f"give it another with gnt-instance modify --net {nic.index}:modify,ip=pool",
         )
-    return _Static(_with_prefix(ip, subnet.prefixlen), gateway)
+    return _Static(ip_interface((ip, subnet.prefixlen)), gateway)
 
 
 def _derived(nic: Nic) -> Optional[_Static]:
@@ -240,49 +250,24 @@ def _derived(nic: Nic) -> Optional[_Static]:
     mac = bytes.fromhex(nic.mac.replace(":", ""))
     eui64 = bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
     address = IPv6Address(subnet.network_address.packed[:8] + eui64)
-    return _Static(_with_prefix(address, 64), gateway)
+    return _Static(ip_interface((address, 64)), gateway)
 
 
-def _one_gateway_a_family(links: Sequence[_Link]) -> list[_Link]:
-    """Keep the first default gateway of each family.
-
-    A second default route is an error to ifupdown, which then leaves that NIC down, and a matter
-    of chance elsewhere.
-    """
-    seen: set[int] = set()
-    result = []
-    for link in links:
-        static = []
-        for each in link.static:
-            if each.gateway is not None and each.family in seen:
-                each = replace(each, gateway=None)
-            elif each.gateway is not None:
-                seen.add(each.family)
-            static.append(each)
-        result.append(replace(link, static=tuple(static)))
-    return result
-
-
-def _network(
-    nic: Nic, family: int
-) -> tuple[Union[IPv4Network, IPv6Network, None], Optional[Address]]:
+def _network(nic: Nic, family: int) -> tuple[Optional[Network], Optional[Address]]:
     """Return subnet and gateway of this family of the NIC's Ganeti network."""
-    suffix = "" if family == 4 else "6"
+    suffix, kind = ("", IPv4Network) if family == 4 else ("6", IPv6Network)
     subnet_text, gateway_text = (
         (nic.subnet, nic.gateway) if family == 4 else (nic.subnet6, nic.gateway6)
     )
     if subnet_text is None:
         return None, None
-    variable = f"NIC_{nic.index}_NETWORK_SUBNET{suffix}"
     try:
-        subnet = ip_network(subnet_text, strict=False)
+        subnet = kind(subnet_text, strict=False)
     except ValueError:
-        subnet = None
-    if subnet is None or subnet.version != family:
         raise Error(
-            f"{variable}={subnet_text!r} is not an IPv{family} network",
+            f"NIC_{nic.index}_NETWORK_SUBNET{suffix}={subnet_text!r} is not an IPv{family} network",
             "make a right one with gnt-network add, and connect the NIC to it",
-        )
+        ) from None
     if gateway_text is None:
         return subnet, None
     variable = f"NIC_{nic.index}_NETWORK_GATEWAY{suffix}"
@@ -307,10 +292,6 @@ def _ip(what: str, value: str) -> Address:
     return address
 
 
-def _with_prefix(address: Address, length: int) -> Union[IPv4Interface, IPv6Interface]:
-    return ip_interface(f"{address}/{length}")
-
-
 def _check_macs(nics: Sequence[Nic]) -> None:
     """The guest tells its NICs apart by their MACs."""
     first: dict[str, int] = {}
@@ -321,15 +302,3 @@ def _check_macs(nics: Sequence[Nic]) -> None:
                 f"NIC_{nic.index}_MAC={nic.mac} is NIC_{other}_MAC too",
                 f"give it another with gnt-instance modify --net {nic.index}:modify,mac=generate",
             )
-
-
-def _dns(servers: Sequence[str], search: Sequence[str]) -> dict[str, list[str]]:
-    """Return what the resolver gets, by version 1's words without their dns_."""
-    for domain in search:
-        if not _DOMAIN.fullmatch(domain):
-            raise Error(f"dns_search={domain!r} is not a domain", "write it as example.com")
-    result = {
-        "nameservers": [str(_ip("dns_servers", server)) for server in servers],
-        "search": list(search),
-    }
-    return {key: value for key, value in result.items() if value}
