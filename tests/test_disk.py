@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from lib import run
 from lib.disk import nbd
 from lib.disk import target as disk
 from lib.environment import Disk
-from lib.errors import Error
+from lib.errors import Error, causes
 from tests.conftest import require
 
 MIB = disk.MIB
@@ -408,3 +409,13 @@ def test_server_that_ends_is_an_error(make: Make, tool: Callable[[str, str], Pat
         time.sleep(1.1)
         handle.write(0, b"x" * 512)
     assert caught.value.message == f"file:{place.file}: was killed"
+
+
+def test_an_error_of_the_protocol_has_no_cause() -> None:
+    """Least of all itself: the trace of DEBUG_LEVEL=1 would not end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"NBDMAGIC" + bytes(10))
+        with pytest.raises(Error, match="does not speak NBD's newstyle") as caught:
+            nbd.Connection(ours, "nbd:", lambda: "")
+    assert list(islice(causes(caught.value), 9)) == [caught.value]

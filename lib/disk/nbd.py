@@ -126,6 +126,8 @@ class Connection:
         except BaseException as error:
             self.server.close()
             self.failure = _reason(error, self.uri, self.ended())
+            if self.failure is error:
+                raise
             raise self.failure from error
 
     def _receive(self, length: int) -> bytes:
