@@ -110,8 +110,7 @@ class Connection:
             if status:
                 failed, most = failed or status, 0
         if failed:
-            words = os.strerror(failed)
-            raise Error(f"{self.uri}: {words}", _hint(words))
+            raise _failed(self.uri, os.strerror(failed))
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -124,10 +123,16 @@ class Connection:
         try:
             yield
         except BaseException as error:
+            self.failure = error
             self.server.close()
-            self.failure = _reason(error, self.uri, self.ended())
-            if self.failure is error:
+            words = self.ended()
+            if not isinstance(error, OSError):
                 raise
+            if isinstance(error, socket.timeout):  # TODO: TimeoutError, with Python 3.10
+                within = f"within {ANSWER_TIMEOUT_S:g} s"
+                self.failure = _silent(f"{self.uri}: the storage did not answer {within}")
+            else:
+                self.failure = _failed(self.uri, words)
             raise self.failure from error
 
     def _receive(self, length: int) -> bytes:
@@ -141,24 +146,16 @@ class Connection:
         return bytes(data)
 
 
-def _reason(error: BaseException, uri: str, words: str) -> BaseException:
-    """Return what to raise for what came in the way of a request."""
-    if isinstance(error, socket.timeout):  # TODO: TimeoutError, with Python 3.10
-        return _silent(f"{uri}: the storage did not answer within {ANSWER_TIMEOUT_S:g} s")
-    if isinstance(error, OSError):
-        return Error(f"{uri}: {words or 'qemu-nbd ended'}", _hint(words))
-    return error
-
-
 def _silent(message: str) -> Error:
     # Ceph lets writes to a full pool wait, and a node without a ceph.conf look for its monitors
     hint = "see that the storage serves this node and is not full (ceph health detail)"
     return Error(message, f"{hint}, then run this again")
 
 
-def _hint(words: str) -> Optional[str]:
-    """Return the way out for what qemu-nbd or the kernel said."""
-    return next((hint for part, hint in HINTS.items() if part in words), None)
+def _failed(uri: str, words: str) -> Error:
+    """Return the error for what qemu-nbd or the kernel said, with the way out if it is known."""
+    hint = next((hint for part, hint in HINTS.items() if part in words), None)
+    return Error(f"{uri}: {words or 'qemu-nbd ended'}", hint)
 
 
 @contextmanager
@@ -204,8 +201,7 @@ def _await_server(
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while server.connect_ex(path) != 0:
         if child.poll() is not None:
-            words = ended()
-            raise Error(f"{uri}: {words or 'qemu-nbd ended'}", _hint(words))
+            raise _failed(uri, ended())
         if time.monotonic() > deadline:
             raise _silent(f"{uri}: the storage did not open it within {CONNECT_TIMEOUT_S:g} s")
         time.sleep(0.01)
