@@ -103,13 +103,12 @@ def texts(
     }
     if ssh_keys:
         meta["public-keys"] = meta["public_keys"] = list(ssh_keys)  # the second is nuageinit's
-    documents = (
-        document(meta),
-        user_data,
-        _vendor_data(vendor_data, password_hash),
-        _network_config(network),
-    )
-    return dict(zip(FILES, documents))
+    return {
+        "meta-data": document(meta),
+        "user-data": user_data,
+        "vendor-data": _vendor_data(vendor_data, password_hash),
+        "network-config": _network_config(network),
+    }
 
 
 def _network_config(network: Optional[bytes]) -> bytes:
@@ -197,26 +196,26 @@ def volume(directory: Path, size_bytes: int, output: Path) -> None:
     os.truncate(output, min(size_bytes, MAX_VOLUME_BYTES))
     # FAT12 or FAT16, whichever the size makes it; the label goes to the boot sector and the root
     run.run(["mkfs.vfat", "--invariant", "-n", LABEL, "-s", "1", os.fspath(output)])
-    need = sum(-(-path.stat().st_size // SECTOR_BYTES) * SECTOR_BYTES for path in files.values())
+    need = sum(-(-path.stat().st_size // SECTOR_BYTES) * SECTOR_BYTES for path in files)
     room = _room_bytes(output)
     if need > room:
         raise Error(
             f"the seed's files need {need} bytes, but its place holds {room}",
             "give the seed a disk of its own with --disk 1:size=32m,name=cidata and seed=disk",
         )
-    for path in files.values():
+    for path in files:
         os.utime(path, (_FAT_EPOCH_S, _FAT_EPOCH_S))
         path.chmod(0o644)  # for mcopy in the sandbox; the folder is private
     # in the sandbox no mtools.conf of the node and no MTOOLS_ variable can change what is written
-    inside = {f"/tmp/{name}": path for name, path in files.items()}
+    inside = {f"/tmp/{path.name}": path for path in files}
     sandbox = Sandbox(read=inside, write={"/volume": output}, limits=_LIMITS)
     run.run(["mcopy", "-m", "-i", "/volume", *inside, "::/"], sandbox=sandbox)
 
 
-def _regular_files(directory: Path) -> dict[str, Path]:
-    """Return the files by name; Error for what pre hooks left there that cannot be copied."""
-    files = {}
-    for path in sorted(directory.iterdir()):
+def _regular_files(directory: Path) -> list[Path]:
+    """Return the files; Error for what pre hooks left there that cannot be copied."""
+    files = sorted(directory.iterdir())
+    for path in files:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise Error(
                 f"{path.name} in CLOUDIMAGE_SEED_DIR is no regular file",
@@ -227,8 +226,7 @@ def _regular_files(directory: Path) -> dict[str, Path]:
                 f"{path.name!r} in CLOUDIMAGE_SEED_DIR is no name for a file of the seed",
                 "let the pre hooks use letters, digits, dots, - and _, at most 64",
             )
-        files[path.name] = path
-    missing = [name for name in FILES if name not in files]
+    missing = sorted({*FILES} - {path.name for path in files})
     if missing:  # a guest takes nothing of a seed without meta-data, and rename needs all
         raise Error(
             f"{missing[0]} is gone from CLOUDIMAGE_SEED_DIR",
@@ -246,11 +244,9 @@ def _room_bytes(volume: Path) -> int:
     """Return how much the volume's clusters hold, by its BIOS parameter block."""
     with open(volume, "rb") as file:
         head = file.read(SECTOR_BYTES)
-    reserved, fats, roots, small = struct.unpack_from("<HBHH", head, 14)
-    (fat_sectors,) = struct.unpack_from("<H", head, 22)
-    sectors = small or struct.unpack_from("<L", head, 32)[0]
+    reserved, fats, roots, small, fat_sectors, large = struct.unpack_from("<HBHHxH8xL", head, 14)
     used = reserved + fats * fat_sectors + roots * 32 // SECTOR_BYTES
-    return int(sectors - used) * SECTOR_BYTES
+    return int((small or large) - used) * SECTOR_BYTES
 
 
 def read_volume(volume: Path) -> dict[str, bytes]:
@@ -273,22 +269,18 @@ def read_volume(volume: Path) -> dict[str, bytes]:
         if missing:
             raise Error(f"it holds no {missing[0]}")
         for name in names[:MAX_FILES]:
-            files[name] = _read_file(sandbox, name, room)
-            room -= len(files[name])
+            argv = ["mcopy", "-i", "/volume", f"::/{name}", "-"]
+            with run.reader(argv, sandbox=sandbox) as output:
+                files[name] = output.read(room + 1)
+                room -= len(files[name])
+                if room < 0:
+                    raise Error(f"its files are larger than {log.size(MAX_VOLUME_BYTES)}")
     except Error as error:
         raise Error(
             f"the seed cannot be read: {error.message}",
             "mend it in the guest, or write a new one with gnt-instance reinstall",
         ) from error
     return files
-
-
-def _read_file(sandbox: Sandbox, name: str, limit_bytes: int) -> bytes:
-    with run.reader(["mcopy", "-i", "/volume", f"::/{name}", "-"], sandbox=sandbox) as output:
-        text = output.read(limit_bytes + 1)
-        if len(text) > limit_bytes:
-            raise Error(f"its files are larger than {log.size(MAX_VOLUME_BYTES)}")
-    return text
 
 
 def renamed(
