@@ -151,6 +151,18 @@ def test_vendor_data_is_unpacked_once_as_cloud_init_does(tmp_path: Path) -> None
     assert parts(text)[1].get_payload(decode=True) == inner
 
 
+def test_all_members_of_gzip_vendor_data_count(tmp_path: Path) -> None:
+    """As in what cat or pigz made; zeroes behind them are gzip's padding."""
+    theirs = gzip.compress(b"#!/bin/sh\n") + gzip.compress(b"echo all\n")
+    for padding in (b"", bytes(100)):
+        text = gzip.decompress(vendor(tmp_path, theirs + padding))
+        assert parts(text)[1].get_payload(decode=True) == b"#!/bin/sh\necho all\n"
+    with pytest.raises(Error, match="it is cut short"):
+        write(tmp_path, vendor_data=theirs[:-9])
+    with pytest.raises(Error, match="more than 32 MiB"):
+        write(tmp_path, vendor_data=gzip.compress(bytes(17 << 20)) * 2)
+
+
 def test_bad_gzip_vendor_data(tmp_path: Path) -> None:
     good = gzip.compress(b"#cloud-config\n")
     with pytest.raises(Error) as raised:

@@ -26,6 +26,7 @@ SECTOR_BYTES = 512
 MAX_VOLUME_BYTES = 32 << 20
 MAX_META_DATA_BYTES = 256 << 10
 MAX_FILES = 64
+_GZIP = b"\x1f\x8b"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FAT_EPOCH_S = 315532800  # 1980-01-01, the first day that FAT knows
 _LIMITS = Limits(address_space_bytes=256 << 20, cpu_s=5, wall_s=10.0)
@@ -63,8 +64,7 @@ _KINDS = (
 def warn_unless_known(parameter: str, text: bytes) -> None:
     """Say it if no reader of the seed will know what this user data or vendor data is."""
     head = text[:4096].lower().lstrip(b" \t\r\n\v\f")
-    compressed = text[:2] == b"\x1f\x8b"
-    if text and not (compressed or head.startswith(_KINDS) or b"mime-version:" in head):
+    if text and not (text[:2] == _GZIP or head.startswith(_KINDS) or b"mime-version:" in head):
         log.warning(
             f"{parameter}: its first line is none that cloud-init knows, so it will be ignored;"
             " begin it with #cloud-config or #!"
@@ -140,7 +140,7 @@ def _with_machine_id(vendor_data: bytes) -> bytes:
 
 def _recompressed(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
     """Return `data` changed; what came compressed stays so."""
-    if data[:2] == b"\x1f\x8b":
+    if data[:2] == _GZIP:
         return _gzip(change(_gunzip(data)))
     return change(data)
 
@@ -166,19 +166,23 @@ def _multipart(*parts: bytes) -> bytes:
 
 def _gunzip(data: bytes) -> bytes:
     """Unpack what the user gave compressed: the bytes are the administrator's own."""
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    try:
-        text = unpacker.decompress(data, MAX_VOLUME_BYTES + 1)
-    except zlib.error as error:
-        raise Error(f"vendor_data is damaged gzip data: {error}", "compress it again") from error
-    if len(text) > MAX_VOLUME_BYTES:
-        raise Error(
-            f"vendor_data is more than {log.size(MAX_VOLUME_BYTES)} when unpacked",
-            "let it fetch what is large",
-        )
-    if not unpacker.eof:
-        raise Error("vendor_data is damaged gzip data: it is cut short", "compress it again")
-    return text
+    text = bytearray()
+    while data[:2] == _GZIP:  # a file may have several members
+        unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        try:
+            text += unpacker.decompress(data, MAX_VOLUME_BYTES + 1 - len(text))
+        except zlib.error as error:
+            words = f"vendor_data is damaged gzip data: {error}"
+            raise Error(words, "compress it again") from error
+        if len(text) > MAX_VOLUME_BYTES:
+            raise Error(
+                f"vendor_data is more than {log.size(MAX_VOLUME_BYTES)} when unpacked",
+                "let it fetch what is large",
+            )
+        if not unpacker.eof:
+            raise Error("vendor_data is damaged gzip data: it is cut short", "compress it again")
+        data = unpacker.unused_data
+    return bytes(text)
 
 
 def _gzip(data: bytes) -> bytes:
