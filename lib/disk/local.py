@@ -158,7 +158,7 @@ def claimed(path: Path, is_device: bool) -> Iterator[None]:
     """Keep others off the disk: a device by O_EXCL, a file by the lock of an image in use."""
     with opened(path, os.O_RDWR | (os.O_EXCL if is_device else 0)) as disk:
         if not is_device:
-            _lock(path, disk.descriptor, QEMU_LOCK_FIRST, QEMU_LOCK_COUNT)
+            _lock(disk, QEMU_LOCK_FIRST, QEMU_LOCK_COUNT)
         elif any(fcntl.ioctl(disk.descriptor, BLKROGET, bytes(4))):
             raise _unusable(path, OSError(errno.EROFS, ""))
         yield
@@ -170,18 +170,18 @@ def hold(disk: Local) -> None:
     The lock is on a byte that nobody else locks, on devices too: it bars neither qemu, mount nor
     flock(1) from hooks.
     """
-    _lock(Path(disk.name), disk.descriptor, DOOR_LOCK, 1)
+    _lock(disk, DOOR_LOCK, 1)
 
 
-def _lock(path: Path, descriptor: int, first: int, count: int) -> None:
+def _lock(disk: Local, first: int, count: int) -> None:
     # a lock of the open file, not of the process: other descriptors come and go meanwhile
     lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
     try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+        fcntl.fcntl(disk.descriptor, fcntl.F_OFD_SETLK, lock)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise _unusable(path, OSError(errno.EBUSY, "")) from error
-        log.debug(f"{path}: no locks on this file system: {describe(error)}")
+            raise _unusable(Path(disk.name), OSError(errno.EBUSY, "")) from error
+        log.debug(f"{disk.name}: no locks on this file system: {describe(error)}")
 
 
 def _unusable(path: Path, error: OSError) -> Error:
