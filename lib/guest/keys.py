@@ -72,11 +72,9 @@ def _is_blob(kind: str, encoded: str) -> bool:
         blob = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         return False
-    fields, at = [], 0
+    name, at = kind.encode(), 0
     while at + 4 <= len(blob):
-        end = at + 4 + int.from_bytes(blob[at : at + 4], "big")
-        fields.append(blob[at + 4 : end])
-        if "-cert-" in kind:  # has numbers between its strings
-            break
-        at = end
-    return bool(fields) and fields[0] == kind.encode() and (at in (0, len(blob)))
+        at += 4 + int.from_bytes(blob[at : at + 4], "big")
+    # a certificate has numbers between its strings
+    is_whole = at == len(blob) or "-cert-" in kind
+    return is_whole and blob.startswith(len(name).to_bytes(4, "big") + name)
