@@ -10,7 +10,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -125,24 +125,20 @@ def _vendor_data(theirs: bytes, password_hash: str) -> bytes:
     if password_hash:
         config.update({"password": password_hash, "chpasswd": {"expire": False}})
     ours = b"#cloud-config\n" + document(config)
-    if not theirs:
-        return ours
-    return _recompressed(theirs, lambda text: _multipart(_part(ours), _part(text)))
+    return _after(_part(ours), theirs) if theirs else ours
 
 
-def _with_machine_id(vendor_data: bytes) -> bytes:
-    """Return the vendor data of a clone: what it was, and a machine-id of its own."""
-    return _recompressed(
-        vendor_data,
-        lambda text: text if _MACHINE_ID in text else _multipart(_MACHINE_ID, _part(text)),
-    )
-
-
-def _recompressed(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Return `data` changed; what came compressed stays so."""
-    if data[:2] == _GZIP:
-        return _gzip(change(_gunzip(data)))
-    return change(data)
+def _after(part: bytes, vendor_data: bytes) -> bytes:
+    """Return vendor data with a part before it, if it is not there; what came packed stays so."""
+    is_packed = vendor_data[:2] == _GZIP
+    text = _gunzip(vendor_data) if is_packed else vendor_data
+    if part in text:
+        return vendor_data
+    text = _multipart(part, _part(text))
+    if not is_packed:
+        return text
+    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    return packer.compress(text) + packer.flush()
 
 
 def _part(text: bytes) -> bytes:
@@ -183,11 +179,6 @@ def _gunzip(data: bytes) -> bytes:
             raise Error("vendor_data is damaged gzip data: it is cut short", "compress it again")
         data = unpacker.unused_data
     return bytes(text)
-
-
-def _gzip(data: bytes) -> bytes:
-    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
-    return packer.compress(data) + packer.flush()
 
 
 def volume(directory: Path, size_bytes: int, output: Path) -> None:
@@ -311,5 +302,5 @@ def renamed(
             "set instance-id, local-hostname and the addresses in it by hand",
         ) from error
     if is_clone:
-        changed["vendor-data"] = _with_machine_id(files.get("vendor-data", b""))
+        changed["vendor-data"] = _after(_MACHINE_ID, files.get("vendor-data", b""))
     return {**files, **changed}
