@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Optional, Union
@@ -41,15 +41,10 @@ class Target:
         """What messages call it."""
         return self.disk.label
 
-    @contextmanager
-    def opened(self, *, writable: bool) -> Iterator[Handle]:
+    def opened(self, *, writable: bool) -> AbstractContextManager[Handle]:
         """Open the disk; on leaving, what went to a URI is flushed, all else waits for sync()."""
         self.touched = self.touched or writable
-        if self.held is not None:
-            yield self.held
-            return
-        with _opened(self.disk, writable=writable) as handle:
-            yield handle
+        return nullcontext(self.held) if self.held else _opened(self.disk, writable=writable)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
@@ -161,16 +156,12 @@ def hold(target: Target) -> Iterator[None]:
             target.held = None
 
 
-@contextmanager
-def _opened(disk: Disk, *, writable: bool) -> Iterator[Handle]:
+def _opened(disk: Disk, *, writable: bool) -> AbstractContextManager[Handle]:
     if disk.path is not None:
-        with local.opened(disk.path, os.O_RDWR if writable else os.O_RDONLY) as opened:
-            yield opened
-    elif disk.uri is not None:
-        with nbd.connect(disk.uri, writable=writable) as connection:
-            yield connection
-    else:
-        raise Error(f"{disk.label}: neither a path nor a URI is known")
+        return local.opened(disk.path, os.O_RDWR if writable else os.O_RDONLY)
+    if disk.uri is not None:
+        return nbd.connect(disk.uri, writable=writable)
+    raise Error(f"{disk.label}: neither a path nor a URI is known")
 
 
 def _wipe_ends(handle: Handle) -> None:
@@ -241,8 +232,7 @@ def require(target: Target, image_size_bytes: int) -> None:
         )
 
 
-@contextmanager
-def claim(target: Target) -> Iterator[None]:
+def claim(target: Target) -> AbstractContextManager[None]:
     """Keep others off the disk while it is written; Error that names who has it.
 
     A device is taken with O_EXCL, as mount, LVM, MD and DRBD take it; a file with the lock that
@@ -250,10 +240,8 @@ def claim(target: Target) -> Iterator[None]:
     has nothing of the kind; some of qemu's drivers lock by themselves.
     """
     if target.disk.path is None:
-        yield
-        return
-    with local.claimed(target.disk.path, target.is_device):
-        yield
+        return nullcontext()
+    return local.claimed(target.disk.path, target.is_device)
 
 
 def write(source: BinaryIO, target: Target) -> None:
