@@ -177,7 +177,13 @@ def connect(uri: str, *, writable: bool) -> Iterator[Connection]:
             said.seek(0)
             return _last_words(said.read().decode("ascii", "backslashreplace"), uri)
 
-        _await_server(server, path, uri, child, ended)
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while server.connect_ex(path) != 0:  # it does not listen yet
+            if child.poll() is not None:
+                raise _failed(uri, ended())
+            if time.monotonic() > deadline:
+                raise _silent(f"{uri}: the storage did not open it within {CONNECT_TIMEOUT_S:g} s")
+            time.sleep(0.01)
         server.settimeout(ANSWER_TIMEOUT_S)
         connection = Connection(server, uri, ended)
         yield connection
@@ -192,16 +198,3 @@ def _last_words(text: str, uri: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("qemu-nbd: ")] or lines or [""]
     return log.printable(own[-1].replace(f"Failed to blk_new_open '{uri}': ", ""), 200)
-
-
-def _await_server(
-    server: socket.socket, path: str, uri: str, child: run.Process[bytes], ended: Callable[[], str]
-) -> None:
-    """Connect as soon as qemu-nbd listens."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while server.connect_ex(path) != 0:
-        if child.poll() is not None:
-            raise _failed(uri, ended())
-        if time.monotonic() > deadline:
-            raise _silent(f"{uri}: the storage did not open it within {CONNECT_TIMEOUT_S:g} s")
-        time.sleep(0.01)
