@@ -67,10 +67,9 @@ class _Link:
     def name(self) -> str:
         return f"eth{self.nic.index}"
 
-    @property
-    def dns(self) -> dict[str, list[str]]:
-        """What the resolver gets, by version 1's words without their dns_."""
-        words = {"nameservers": [str(each) for each in self.name_servers], "search": self.search}
+    def dns(self, servers: str, search: str) -> dict[str, list[str]]:
+        """Return what the resolver gets under these two names, if there is any."""
+        words = {servers: [str(each) for each in self.name_servers], search: self.search}
         return {key: value for key, value in words.items() if value}
 
 
@@ -100,7 +99,8 @@ def config(
         _spread_dns(carriers, name_servers, list(dns_search))
     if version == 1:
         entries = [_version1(link) for link in links]
-        entries += [_nameserver(link) for link in links if link.dns and not link.static]
+        told = (link for link in links if link.name_servers or link.search)
+        entries += [_nameserver(link) for link in told if not link.static]
         return {"version": 1, "config": entries}
     return {"version": 2, "ethernets": {link.name: _version2(link) for link in links}}
 
@@ -151,7 +151,7 @@ def _version1(link: _Link) -> dict[str, Any]:
         subnets.append(subnet)
     # what stands beside DHCP, not all renderers read
     for subnet in subnets[: 2 if link.dhcp else 1]:
-        subnet.update({f"dns_{key}": value for key, value in link.dns.items()})
+        subnet.update(link.dns("dns_nameservers", "dns_search"))
     return {
         "type": "physical",
         "name": link.name,
@@ -166,12 +166,7 @@ def _nameserver(link: _Link) -> dict[str, Any]:
         "dns_servers and dns_search beside DHCP: a guest with netplan (Debian, Ubuntu) heeds them"
         " only with network_version=2"
     )
-    dns = link.dns
-    return {
-        "type": "nameserver",
-        "address": dns.get("nameservers", []),
-        "search": dns.get("search", []),
-    }
+    return {"type": "nameserver", "address": [], "search": [], **link.dns("address", "search")}
 
 
 def _version2(link: _Link) -> dict[str, Any]:
@@ -186,10 +181,8 @@ def _version2(link: _Link) -> dict[str, Any]:
             entry.setdefault("routes", []).append(route)
         elif each.gateway is not None:
             entry[f"gateway{each.family}"] = str(each.gateway)
-    if link.dns:
-        names = {"nameservers": "addresses", "search": "search"}
-        entry["nameservers"] = {names[key]: value for key, value in link.dns.items()}
-    return entry
+    dns = link.dns("addresses", "search")
+    return {**entry, "nameservers": dns} if dns else entry
 
 
 def _link(nic: Nic, mode: str) -> _Link:
