@@ -31,7 +31,7 @@ ALLOWED = {
     "decoder": GROUND,
     "source": GROUND | {"settings"},
     "disk": GROUND,
-    "guest": GROUND | {"settings"},
+    "guest": GROUND,
     "hooks": GROUND | {"settings"},
     "entry": {"errors", "log", "environment"},
     "commands": GROUND | {"settings", "source", "disk", "guest", "hooks", "tools"},
