@@ -81,7 +81,7 @@ def _compress(runs: Iterator[Block], output: int) -> None:
             continue
         for _hole in group:
             frame = frame or _frame_of_zeroes()
-            _write(output, frame)
+            _feed(output, frame)
 
 
 def _frame_of_zeroes() -> bytes:
@@ -114,17 +114,11 @@ def _zstd(output: int) -> Iterator[int]:
 
 
 def _feed(descriptor: int, block: Block) -> None:
-    if isinstance(block, int):
-        for start in range(0, block, BLOCK_BYTES):
-            _write(descriptor, ZEROES[: block - start])
-    else:
-        _write(descriptor, block)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    for start in range(0, length_of(block), BLOCK_BYTES):
+        piece = ZEROES[: block - start] if isinstance(block, int) else block[start:][:BLOCK_BYTES]
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(descriptor, view) :]
 
 
 # what somebody may take for a dump: a disk that begins so boots nowhere
