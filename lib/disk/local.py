@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 20
 SECTOR_BYTES = 4096  # the largest logical sector
 ZERO_STEP_BYTES = 64 << 20  # one call to the kernel, so that a signal is soon heard
 ZEROES = bytes(BLOCK_BYTES)
-DOOR_LOCK = 1 << 62
+DOOR_LOCK = 1 << 62  # nobody else's byte: it bars neither qemu, mount nor flock(1) from hooks
 
 FICLONERANGE, BLKROGET, BLKZEROOUT = 0x4020940D, 0x125E, 0x127F  # linux/fs.h
 PUNCH_HOLE_KEEP_SIZE = 0x3  # linux/falloc.h
@@ -74,24 +74,22 @@ class Local:
         last = max(first, end // SECTOR_BYTES * SECTOR_BYTES)
         self._write_zeroes(offset, first)
         for start in range(first, last, ZERO_STEP_BYTES):
-            self._zero_out(start, min(ZERO_STEP_BYTES, last - start))
+            count = min(ZERO_STEP_BYTES, last - start)
+            if self._punch(start, count):
+                continue
+            if self.is_device:
+                with self._naming():
+                    fcntl.ioctl(self.descriptor, BLKZEROOUT, struct.pack("QQ", start, count))
+            else:
+                self._write_zeroes(start, start + count)
         self._write_zeroes(last, end)
 
     def _write_zeroes(self, start: int, end: int) -> None:
         for offset in range(start, end, BLOCK_BYTES):
             self.write(offset, ZEROES[: end - offset])
 
-    def _zero_out(self, offset: int, length: int) -> None:
-        """Punch a hole; a device unmaps sectors where it promises zeroes for that."""
-        if self._punch(offset, length):
-            return
-        if self.is_device:
-            with self._naming():
-                fcntl.ioctl(self.descriptor, BLKZEROOUT, struct.pack("QQ", offset, length))
-        else:
-            self._write_zeroes(offset, offset + length)
-
     def _punch(self, offset: int, length: int) -> bool:
+        """Make a hole, if possible; a device unmaps sectors where it promises zeroes for that."""
         import ctypes  # 2 ms, and Python's fallocate knows no modes
 
         start, count = ctypes.c_int64(offset), ctypes.c_int64(length)
@@ -103,19 +101,19 @@ class Local:
         self.is_empty = self.is_file and self._punch(0, self.size_bytes)
 
     def clone(self, image: Local, start: int) -> int:
-        """Let a file share the blocks of `image` from `start` on; return where the sharing ends.
+        """Let a file share the blocks of `image` from `start` on; return where that ends, or 0.
 
-        The end is `start` where nothing can be shared; both places are the file system's blocks.
+        Both places are the file system's blocks.
         """
         end = image.size_bytes // BLOCK_BYTES * BLOCK_BYTES
         if not self.is_file or end <= start:
-            return start
+            return 0
         request = struct.pack("qQQQ", image.descriptor, start, end - start, start)
         try:
             fcntl.ioctl(self.descriptor, FICLONERANGE, request)
         except OSError as error:
             log.debug(f"no reflink: {describe(error)}")
-            return start
+            return 0
         self.is_empty = False
         return end
 
@@ -123,6 +121,17 @@ class Local:
         """Return when everything written is on stable storage."""
         with self._naming():
             os.fsync(self.descriptor)
+
+    def lock(self, first: int, count: int) -> None:
+        """Lock these bytes until the disk is closed, on devices too; Error if another has."""
+        # a lock of the open file, not of the process: other descriptors come and go meanwhile
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, lock)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise _unusable(Path(self.name), OSError(errno.EBUSY, "")) from error
+            log.debug(f"{self.name}: no locks on this file system: {describe(error)}")
 
     def data(self, first: int) -> Iterator[tuple[int, int]]:
         """Yield (start, end) of what is no hole from `first` on; a device has none."""
@@ -158,30 +167,10 @@ def claimed(path: Path, is_device: bool) -> Iterator[None]:
     """Keep others off the disk: a device by O_EXCL, a file by the lock of an image in use."""
     with opened(path, os.O_RDWR | (os.O_EXCL if is_device else 0)) as disk:
         if not is_device:
-            _lock(disk, QEMU_LOCK_FIRST, QEMU_LOCK_COUNT)
+            disk.lock(QEMU_LOCK_FIRST, QEMU_LOCK_COUNT)
         elif any(fcntl.ioctl(disk.descriptor, BLKROGET, bytes(4))):
             raise _unusable(path, OSError(errno.EROFS, ""))
         yield
-
-
-def hold(disk: Local) -> None:
-    """Keep other runs of ours off an open disk until it is closed.
-
-    The lock is on a byte that nobody else locks, on devices too: it bars neither qemu, mount nor
-    flock(1) from hooks.
-    """
-    _lock(disk, DOOR_LOCK, 1)
-
-
-def _lock(disk: Local, first: int, count: int) -> None:
-    # a lock of the open file, not of the process: other descriptors come and go meanwhile
-    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
-    try:
-        fcntl.fcntl(disk.descriptor, fcntl.F_OFD_SETLK, lock)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise _unusable(Path(disk.name), OSError(errno.EBUSY, "")) from error
-        log.debug(f"{disk.name}: no locks on this file system: {describe(error)}")
 
 
 def _unusable(path: Path, error: OSError) -> Error:

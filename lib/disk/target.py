@@ -135,9 +135,8 @@ class Target:
                 return 0
             self._begin(handle)
             end = handle.clone(image, MIB)
-        if end == MIB:
-            return 0
-        self.head[:] = image.read(0, MIB)
+        if end:
+            self.head[:] = image.read(0, MIB)
         return end
 
 
@@ -146,7 +145,7 @@ def hold(target: Target) -> Iterator[None]:
     """Open the disk once for all of a door and keep other runs of ours off it."""
     with _opened(target.disk, writable=True) as handle:
         if isinstance(handle, Local):
-            local.hold(handle)
+            handle.lock(local.DOOR_LOCK, 1)
         if handle.size_bytes != target.size_bytes:
             raise Error(f"{target.label}: its size has changed meanwhile", "run this again")
         target.held = handle
