@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
@@ -274,15 +275,10 @@ def _network(nic: Nic, family: int) -> tuple[Optional[Network], Optional[Address
 
 
 def _ip(what: str, value: str) -> Address:
-    try:
-        address = ip_address(value)
-    except ValueError:
-        address = None
-    if address is None or "%" in value:  # a zone means something on one machine only
-        raise Error(
-            f"{what}={value!r} is not an IP address", "write it as 192.0.2.10 or 2001:db8::10"
-        )
-    return address
+    with suppress(ValueError):
+        if "%" not in value:  # a zone means something on one machine only
+            return ip_address(value)
+    raise Error(f"{what}={value!r} is not an IP address", "write it as 192.0.2.10 or 2001:db8::10")
 
 
 def _check_macs(nics: Sequence[Nic]) -> None:
