@@ -53,11 +53,6 @@ class Extent:
         """Its first sector."""
         return self.offset_bytes // SECTOR
 
-    @property
-    def last(self) -> int:
-        """Its last sector."""
-        return (self.offset_bytes + self.size_bytes) // SECTOR - 1
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,7 +90,8 @@ def plan(read: Read, image_size_bytes: int, disk_size_bytes: int, seed: str) -> 
     new = None
     if place is not None and place.kind in ("gap", "tail") and table.free is not None:
         name = FAT16 if table.gpt is None else SEED_NAME
-        new = Partition(table.free, place.first, place.last, name, b"")
+        last = place.first + place.size_bytes // SECTOR - 1
+        new = Partition(table.free, place.first, last, name, b"")
     if table.gpt is None and new is None:
         return Plan((), place)
     ranges = _ranges(table, image, disk_sectors)
