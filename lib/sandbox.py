@@ -17,7 +17,7 @@ from lib.errors import Error
 from lib.workspace import PREFIX, STALE_S
 
 GROUPS = Path("/sys/fs/cgroup")
-JOIN = ("/bin/sh", "-c", 'echo 0 > "$0" && exec "$@"')  # and it is the program from then on
+JOIN = ("/bin/sh", "-c", 'echo 0 > "$0" && exec "$@"')  # with the group's file
 MAX_TASKS = 512  # qemu-img has a thread for each request that it has open
 # A user and group that own nothing and run nothing else: no distribution hands out this number
 # (systemd's UIDS-GIDS keeps 65520 to 65533 unused, Debian's policy 9.2.2 reserves it), and it is
@@ -70,12 +70,7 @@ def enclosed(
     limits, is_root = sandbox.limits, os.geteuid() == 0
     group = stack.enter_context(_group(limits)) if is_root else None
     command = [
-        # a shell that joins the group, and is the program from then on
-        *(
-            ["/bin/sh", "-c", 'echo 0 > "$0" && exec "$@"', f"{group}/cgroup.procs"]
-            if group
-            else []
-        ),
+        *((*JOIN, f"{group}/cgroup.procs") if group else ()),
         resolve("prlimit"),
         f"--as={limits.address_space_bytes}",
         f"--cpu={limits.cpu_s}",

@@ -76,10 +76,6 @@ class Unavailable(Error):
     """The server or the network is down, after all retries: what is in the cache may serve."""
 
 
-class UnknownHost(Unavailable):
-    """The name does not exist: to a download a server that is down, to size() a definite no."""
-
-
 class Broken(Exception):
     """This attempt failed; the next one may not."""
 
@@ -279,7 +275,8 @@ def _translated(causes: Sequence[BaseException], shown: str, options: Options) -
     unknown = (socket.EAI_NONAME, socket.EAI_NODATA)
     if any(isinstance(each, socket.gaierror) and each.errno in unknown for each in causes):
         whose = "proxy" if options.proxy else "host"
-        return UnknownHost(f"{shown}: the name of the {whose} does not exist", "check the URL")
+        # to a download a server that is down, to size() a definite no
+        return Unavailable(f"{shown}: the name of the {whose} does not exist", "check the URL")
     if isinstance(causes[0], requests.exceptions.SSLError):
         # both ssl's exception for a bad certificate and urllib3 1.26's own for a wrong name
         if any(isinstance(each, ValueError) for each in causes):
