@@ -49,7 +49,7 @@ class Document(Location):
     data: Optional[bytes] = None
 
 
-Digest = tuple[str, str]
+Digest = tuple[str, str]  # ("sha256" or "sha512", lower-case hex)
 Checksum = Union[Digest, Location, None]
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Callable, Optional
 
 from lib import log, workspace
-from lib.errors import Error, context, describe
+from lib.errors import Error, causes, context, describe
 from lib.files import open_regular
 
 # Raise this when the checks of downloads or images get stronger: what was let in by the weaker
@@ -410,7 +410,7 @@ def _no_space_explained(directory: Path, work: Path) -> Iterator[None]:
     try:
         yield
     except (Error, OSError) as error:
-        if not (_is_full(error) or _has_no_room(work)):
+        if not (any(map(_is_full, causes(error))) or _has_no_room(work)):
             raise
         words = describe(error) if isinstance(error, OSError) else error.message
         written = log.size(sum(path.lstat().st_blocks * 512 for path in work.rglob("*")))
@@ -420,12 +420,8 @@ def _no_space_explained(directory: Path, work: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_full(error: Optional[BaseException]) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _has_no_room(directory: Path) -> bool:

@@ -18,8 +18,7 @@ from lib.errors import Error, describe
 from lib.files import open_regular
 from lib.sandbox import Limits, Sandbox
 from lib.settings.config import require_trusted
-
-Digest = tuple[str, str]  # ("sha256" or "sha512", lower-case hex)
+from lib.settings.values import Digest
 
 _ALGORITHMS = {64: "sha256", 128: "sha512"}  # by the number of hex digits
 _BLOCK_BYTES = 1 << 20
@@ -51,20 +50,17 @@ def find(text: bytes, name: str, list_name: str = "") -> Digest:
 
     The list has GNU lines ("HEX  name", "HEX name", "HEX *name"), BSD lines ("SHA256 (name) = HEX")
     or openssl's, or is one bare hash; other lines (comments, the frame of a clearsigned document)
-    are passed
-    over, which can only make a name missing. The name is matched as a whole, a leading "./"
-    apart: by its last component alone, a signed list of a tree would vouch for an older image of
-    the same name. Percent-encoded names of URLs stand for what they encode. A list with one entry
-    that is itself called after the image (NAME.sha256: `list_name`) speaks of it whatever it calls
-    it: vendors name the build there that an alias stands for. With both digests the longer one
-    counts.
+    are passed over, which can only make a name missing. The name is matched as a whole, a leading
+    "./" apart: by its last component alone, a signed list of a tree would vouch for an older image
+    of the same name. Percent-encoded names of URLs stand for what they encode. A list with one
+    entry that is itself called after the image (NAME.sha256: `list_name`) speaks of it whatever it
+    calls it: vendors name the build there that an alias stands for. With both digests the longer
+    one counts.
     """
     entries = list(_entries(text.removeprefix(b"\xef\xbb\xbf")))
     if not entries:
         raise Error(f"the checksum list {_kind(text)}", "check its address")
-    if len(entries) == 1 and entries[0][1] is None:
-        return entries[0][0]
-    if len(entries) == 1 and _is_called_after(list_name, name):
+    if len(entries) == 1 and (entries[0][1] is None or _is_called_after(list_name, name)):
         return entries[0][0]
     names = {each.encode("utf-8", "surrogateescape") for each in (name, unquote(name))}
     names |= {b"./" + each for each in names}
