@@ -250,6 +250,20 @@ def test_broken_connection(behaviours: list[httpd.Behaviour], ranges: list[int])
     assert all((one is None) == (other is None) for one, other in zip(asked, validators))
 
 
+def test_pace_counts_from_where_the_server_began_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(fetch, "LEAST_RATE", 1000)
+
+    def whole(exchange: httpd.Exchange) -> None:
+        exchange.head(200, {"Content-Length": str(len(DATA))})
+        exchange.write(DATA[:BLOCK_BYTES])
+        exchange.pause(0.2)
+        exchange.write(DATA[BLOCK_BYTES:])
+
+    with httpd.serve({"/image": httpd.sequence(CUT, whole)}) as server:
+        assert get(server.url("/image"), replace(QUICK, retries=1)) == DATA
+
+
 @pytest.mark.parametrize(
     ("behaviour", "words"),
     [

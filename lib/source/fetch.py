@@ -123,8 +123,6 @@ class _Transfer:
     begun: Callable[[Optional[int]], None] = lambda total_bytes: None
     is_image: bool = False
     encoding: str = "identity"
-    attempt_started: float = 0.0
-    resumed_at: int = 0
 
     def run(self) -> bool:
         """Try until the body is whole; False if it is not modified."""
@@ -154,9 +152,7 @@ class _Transfer:
 
     def _attempt(self, session: web.Session) -> bool:
         resume = self._resume_headers()
-        if not resume:
-            self._restart()
-        self.attempt_started, self.resumed_at = time.monotonic(), self.received
+        started = time.monotonic()
         with session.get(self.url, resume or self.conditions) as answer:
             if answer.status == 304 and self.conditions and not resume:
                 return False
@@ -169,8 +165,13 @@ class _Transfer:
                 self._begin(answer)
             else:
                 raise answer.failure()
+            before = self.received  # nothing where the server began anew
             while block := answer.block():
                 self._add(block, answer.shown)
+                took_s = time.monotonic() - started
+                if took_s > PATIENCE_S and self.received - before < LEAST_RATE * took_s:
+                    slow = f"slower than {log.size(LEAST_RATE)} a second for {took_s:.0f} s"
+                    raise web.Broken(slow)
         if self.total is not None and self.received != self.total:
             raise web.Broken(f"the connection ended after {self.received} of {self.total} bytes")
         if not self.received:
@@ -231,9 +232,6 @@ class _Transfer:
 
     def _add(self, block: bytes, shown: str) -> None:
         self._fits(self.received + len(block), shown)
-        took_s = time.monotonic() - self.attempt_started
-        if took_s > PATIENCE_S and self.received - self.resumed_at < LEAST_RATE * took_s:
-            raise web.Broken(f"slower than {log.size(LEAST_RATE)} a second for {took_s:.0f} s")
         self.output.write(block)
         self.received += len(block)
         for digest in self.digests.values():
