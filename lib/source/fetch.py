@@ -55,8 +55,7 @@ def download(
     conditions = {"If-None-Match": etag, "If-Modified-Since": last_modified}
     headers = {key: value for key, value in conditions.items() if value}
     progress = log.Progress(f"fetch: {log.redact(url)}", None)
-    transfer = _Transfer(url, output, options, algorithms, headers, need_framing, progress)
-    transfer.begun, transfer.is_image = begun, True
+    transfer = _Transfer(url, output, options, algorithms, headers, need_framing, progress, begun)
     try:
         modified = transfer.run()
     finally:
@@ -114,14 +113,13 @@ class _Transfer:
     algorithms: Sequence[str] = ()
     conditions: Mapping[str, str] = field(default_factory=dict)
     need_framing: bool = False
-    progress: Optional[log.Progress] = None
+    progress: Optional[log.Progress] = None  # of an image; a document has none
+    begun: Callable[[Optional[int]], None] = lambda total_bytes: None
     received: int = 0
     total: Optional[int] = None
     etag: Optional[str] = None
     last_modified: Optional[str] = None
     digests: dict[str, Any] = field(default_factory=dict)
-    begun: Callable[[Optional[int]], None] = lambda total_bytes: None
-    is_image: bool = False
     encoding: str = "identity"
 
     def run(self) -> bool:
@@ -196,7 +194,7 @@ class _Transfer:
         self._restart()
         headers, length = answer.headers, _length(answer)
         encoding = _encoding(answer)
-        if encoding != "identity" and not (self.is_image and encoding in STORED_GZIP):
+        if encoding != "identity" and not (self.progress and encoding in STORED_GZIP):
             raise Error(f"{answer.shown}: came with Content-Encoding {encoding}, unasked")
         if self.need_framing and length is None and "Transfer-Encoding" not in headers:
             raise Error(
