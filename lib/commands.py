@@ -17,7 +17,7 @@ from lib.guest import keys, network, seed
 from lib.settings import params
 from lib.settings.params import Job
 from lib.settings.values import Document
-from lib.source import locations, obtain
+from lib.source import cache, locations, obtain
 
 SEED_DISK = "cidata"
 METAD_URL = "http://169.254.169.254/ganeti/latest"
@@ -72,7 +72,7 @@ def _warn_end_of_life(job: Job) -> None:
         )
 
 
-def _plan(raw: obtain.Raw, target: disk.Target, seed_place: str) -> partition.Plan:
+def _plan(raw: cache.Entry, target: disk.Target, seed_place: str) -> partition.Plan:
     with context(f"planning the partition table of {target.label}"):
         return partition.plan(
             lambda offset, length: os.pread(raw.file.fileno(), length, offset),

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
@@ -27,18 +27,6 @@ LIST_LIMIT_BYTES = 1 << 20
 class _RawAlready(Exception):
     """A local image is a raw one: it is used as it is, and nothing is kept of it."""
 
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__(size_bytes)
-        self.size_bytes = size_bytes
-
-
-@dataclass(frozen=True)
-class Raw:
-    """An open raw image, ready to be copied to a disk."""
-
-    file: BinaryIO
-    size_bytes: int
-
 
 def store(settings: Config) -> cache.Cache:
     """Return the node's cache of decoded images."""
@@ -46,8 +34,8 @@ def store(settings: Config) -> cache.Cache:
 
 
 @contextmanager
-def raw_image(job: Job, room_bytes: Optional[int] = None) -> Iterator[Raw]:
-    """Hand out the image of the job; for as long as the block lasts, the cache keeps it.
+def raw_image(job: Job, room_bytes: Optional[int] = None) -> Iterator[cache.Entry]:
+    """Hand out the raw image of the job; for as long as the block lasts, the cache keeps it.
 
     room_bytes: the size of the disk that it is for. What is announced larger is not fetched.
     """
@@ -69,10 +57,9 @@ def raw_image(job: Job, room_bytes: Optional[int] = None) -> Iterator[Raw]:
             key, refresh = _local_key(job, file, is_roots), partial(_refresh_local, job, file)
         try:
             entry = stack.enter_context(store(job.config).entry(key, refresh))
-        except _RawAlready as raw:
-            yield Raw(file, raw.size_bytes)
-        else:
-            yield Raw(entry.file, entry.size_bytes)
+        except _RawAlready:
+            entry = cache.Entry(file, os.fstat(file.fileno()).st_size, {})
+        yield entry
 
 
 def cached(job: Job) -> Optional[cache.Stored]:
@@ -267,7 +254,7 @@ def _refresh_local(
         decoding.complete()
         raw = decoding.result()
     if raw.path is None:
-        raise _RawAlready(raw.size_bytes)
+        raise _RawAlready
     return raw.path, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
 
 
