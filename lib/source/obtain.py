@@ -164,8 +164,8 @@ def _fetch(
     place: the image's URL, or its mirror's. What one server's ETag stands for no other may confirm.
     """
     server = hashlib.sha256(url.parse(place).bare.encode()).hexdigest()
-    if known is not None and known.get("server") != server:
-        known = None
+    if known is None or known.get("server") != server:
+        known = {}
     algorithm = expected[0] if expected else "sha256"
     path = work / "download"
     with path.open("w+b") as file, _Decoding(job, file, work) as decoding:
@@ -174,8 +174,8 @@ def _fetch(
             file,
             _options(job.config, room_bytes),
             algorithms=(algorithm,),
-            etag=known.get("etag") if known else None,
-            last_modified=known.get("last_modified") if known else None,
+            etag=known.get("etag"),
+            last_modified=known.get("last_modified"),
             need_framing=expected is None,
             begun=decoding.begun,
         )
@@ -190,7 +190,7 @@ def _fetch(
                 expected = expected_digest(job) or expected
             checksum.check(expected, actual, str(job.source()))
         _check_signature(job, file)
-        if known is not None and known["digests"] == response.digests:
+        if known.get("digests") == response.digests:
             return None  # a server without validators sent the same again
         raw = decoding.result().path
     if raw is None:  # the download is it, with its zeroes written out
