@@ -182,7 +182,7 @@ def _fetch(
         if response is None:
             log.step(f"image: {job.source()} is in the cache (not modified)")
             return None
-        decoding.complete()
+        decoder = decoding.complete()
         if expected is not None:
             actual = response.digests[algorithm]
             if actual != expected[1] and isinstance(job.checksum, Location):
@@ -192,7 +192,8 @@ def _fetch(
         _check_signature(job, file)
         if known.get("digests") == response.digests:
             return None  # a server without validators sent the same again
-        raw = decoding.result().path
+        with context(f"decoding {job.source()}"):
+            raw = decoder.result().path
     if raw is None:  # the download is it, with its zeroes written out
         raw = path
         run.run(["fallocate", "--dig-holes", os.fspath(raw)])
@@ -250,9 +251,12 @@ def _refresh_local(
     """Decode a local image; its key says all that could make an entry stale."""
     if old is not None:
         return None
-    with _Decoding(job, file, work) as decoding:
-        decoding.complete()
-        raw = decoding.result()
+    limit = job.config.image_max_virtual_size
+    with (
+        decode.started(file, job.format, limit, work) as decoder,
+        context(f"decoding {job.source()}"),
+    ):
+        raw = decoder.result()
     if raw.path is None:
         raise _RawAlready
     return raw.path, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
@@ -289,34 +293,21 @@ class _Decoding(ExitStack):
 
     def __init__(self, job: Job, file: BinaryIO, work: Path) -> None:
         super().__init__()
-        self._job, self._file, self._work = job, file, work
+        limit = job.config.image_max_virtual_size
+        self._started = partial(decode.started, file, job.format, limit, work)
         self._decoder: Optional[decode.Decoder] = None
 
     def begun(self, total_bytes: Optional[int]) -> None:
         """Take note that the file begins, maybe anew; only with a length can it be decoded yet."""
         self.close()
-        self._decoder = None
-        if total_bytes:
-            self._start(total_bytes)
+        self._decoder = self.enter_context(self._started(total_bytes)) if total_bytes else None
 
-    def _start(self, total_bytes: Optional[int]) -> None:
-        limit = self._job.config.image_max_virtual_size
-        self._decoder = self.enter_context(
-            decode.started(self._file, self._job.format, limit, self._work, total_bytes)
-        )
-
-    def complete(self) -> None:
-        """Take note that all of the file is there."""
+    def complete(self) -> decode.Decoder:
+        """Take note that all of the file is there; return the decoder, at work on it."""
         if self._decoder is None:
-            self._start(None)
-        else:
-            self._decoder.complete()
-
-    def result(self) -> decode.Decoded:
-        """Return what came of it."""
-        assert self._decoder is not None  # complete() was called
-        with context(f"decoding {self._job.source()}"):
-            return self._decoder.result()
+            return self.enter_context(self._started())
+        self._decoder.complete()
+        return self._decoder
 
 
 def _now() -> str:
