@@ -24,7 +24,7 @@ _ALGORITHMS = {64: "sha256", 128: "sha512"}  # by the number of hex digits
 _BLOCK_BYTES = 1 << 20
 # BSD's, and openssl's: SHA256(name)= HEX, with openssl 3 SHA2-256(name)= HEX
 _BSD = re.compile(rb"SHA(?:2-)?(256|512) ?\((.+)\) ?= ?([0-9A-Fa-f]+)")
-_LIST_SUFFIX = re.compile(r"\.(sha256|sha512)(sum|sums)?(\.txt)?", re.IGNORECASE)
+_LIST_SUFFIX = re.compile(r"\.(sha256|sha512)(sum|sums)?(\.txt)?\Z", re.IGNORECASE)
 _GNU = re.compile(rb"([0-9A-Fa-f]+)(?: [ *]?(.+))?")  # without a name: a bare hash
 
 # gpgv hashes an image of any size: minutes are in order
@@ -78,11 +78,8 @@ def find(text: bytes, name: str, list_name: str = "") -> Digest:
 
 
 def _is_called_after(list_name: str, name: str) -> bool:
-    for beside in (name, name.rpartition(".")[0]):
-        rest = list_name[len(beside) :]
-        if beside and list_name.startswith(beside) and _LIST_SUFFIX.fullmatch(rest):
-            return True
-    return False
+    stem = _LIST_SUFFIX.sub("", list_name)
+    return stem not in ("", list_name) and stem in (name, name.rpartition(".")[0])
 
 
 def _entries(text: bytes) -> Iterator[tuple[Digest, Optional[bytes]]]:
