@@ -25,7 +25,8 @@ import pytest
 
 from lib.entry import Interrupted, guard
 from lib.errors import Error
-from lib.source.cache import Cache, Note, Refresh
+from lib.source.cache import Cache, Refresh
+from lib.source.stored import Note
 from tests.conftest import ROOT, require
 
 KEY = "https://example.com/image.qcow2"

@@ -6,7 +6,7 @@ import argparse
 
 from lib import log
 from lib.admin import common
-from lib.source.cache import Stored
+from lib.source.stored import Stored
 
 
 def add(commands: common.Subparsers) -> None:

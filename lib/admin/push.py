@@ -21,7 +21,7 @@ from lib.admin import common, ganeti
 from lib.errors import Error
 from lib.files import open_regular
 from lib.source import checksum
-from lib.source.cache import Stored, check_note
+from lib.source.stored import Stored, check_note
 
 FOLDER = "/var/tmp"  # copyfile copies to the same path; this folder is on every node
 

@@ -17,41 +17,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Callable, Optional
+from typing import IO, BinaryIO, Callable, Optional
 
 from lib import log, workspace
 from lib.errors import Error, causes, context, describe
-from lib.files import open_regular
-
-# Raise this when the checks of downloads or images get stronger: what was let in by the weaker
-# ones must not be used again.
-CHECKS_VERSION = 2
+from lib.source.stored import Note, Stored, publish
 
 FALLBACK = Path("/var/tmp")
 SAFE = "let nobody but root write there, or change dir in [cache] of cloudimage.conf"
-NOTE_LIMIT_BYTES = 1 << 20
-# a local image's has no validators
-NOTE_KEYS: Mapping[str, Any] = {
-    "url": str,
-    "digests": dict,
-    "fetched": str,
-    "etag": (str, type(None)),
-    "last_modified": (str, type(None)),
-}
-
-Note = Mapping[str, Any]  # JSON
 Refresh = Callable[[Optional[Note], Path], Optional[tuple[Path, Note]]]
 
 
@@ -62,43 +44,6 @@ class Entry:
     file: BinaryIO
     size_bytes: int
     note: Note
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An entry as `cloudimage cache` lists it; times in seconds before now."""
-
-    raw: Path
-    note: Note
-    allocated_bytes: int
-    age_s: float
-    idle_s: float  # since the last use
-
-    @property
-    def name(self) -> str:
-        """The sha256 of the entry's key."""
-        return self.raw.name.partition(".")[0]
-
-    @property
-    def in_use(self) -> bool:
-        """Whether some process has the entry open right now."""
-        try:
-            with open(self.raw, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            pass
-        return False
-
-
-def check_note(note: Any) -> None:
-    """Raise a ValueError unless it is a note, with all that those who read one rely on."""
-    if not isinstance(note, dict):
-        raise ValueError("is not a JSON object")
-    for key, kinds in NOTE_KEYS.items():
-        if not isinstance(note.get(key), kinds):
-            raise ValueError(f"has no {key} that makes sense")
 
 
 def entry_name(key: str) -> str:
@@ -275,11 +220,11 @@ class Cache:
     def _refreshed(self, name: str, refresh: Refresh, work: Path) -> tuple[BinaryIO, Note]:
         """Let `refresh` judge or make the entry, and open it; the lock must be held."""
         with _no_space_explained(self.directory, work):
-            old = self._read(name)
+            old = Stored.read(self.directory, name)
             made = refresh(None if old is None else old.note, work)
             if made is not None:
-                self._publish(name, work, *made)
-        stored = self._read(name)
+                publish(self.directory, name, work, *made)
+        stored = Stored.read(self.directory, name)
         assert stored is not None  # refresh() keeps only what there is
         file = stored.raw.open("rb")
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -288,63 +233,10 @@ class Cache:
             self._tidy()
         return file, stored.note
 
-    def _publish(self, name: str, work: Path, raw: Path, note: Note) -> None:
-        """Put the raw file in place, then the note that names it: the second rename commits."""
-        file = f"{name}.{secrets.token_hex(8)}.raw"
-        with open(raw, "rb") as source:
-            os.fsync(source)
-            status = os.fstat(source.fileno())
-        os.rename(raw, self.directory / file)
-        identity = {"file": file, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        text = json.dumps({**note, **identity, "version": CHECKS_VERSION}, indent=2)
-        with open(work / "note", "x") as output:
-            output.write(text + "\n")
-            output.flush()
-            os.fsync(output)
-        os.replace(work / "note", self._path(name, "json"))
-        # Should a crash keep the second rename and not the first, then the note fits no file.
-        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def _read(self, name: str) -> Optional[Stored]:
-        """Read the note; None if there is none, ValueError if it is damaged or fits no raw file."""
-        path = self._path(name, "json")
-        try:
-            with open_regular(path, follow=False) as file:
-                used = os.fstat(file.fileno()).st_mtime
-                note = json.loads(file.read(NOTE_LIMIT_BYTES))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise ValueError(describe(error)) from error
-        except Error as error:
-            raise ValueError(error.message) from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError("is not a JSON object") from error
-        check_note(note)
-        if note.get("version") != CHECKS_VERSION:
-            raise ValueError(f"is of version {note.get('version')!r}, not {CHECKS_VERSION}")
-        named = note.get("file")
-        if not isinstance(named, str) or not re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.raw", named):
-            raise ValueError(f"names the file {named!r}, which is none of this entry")
-        raw = self.directory / named
-        try:
-            status = raw.lstat()
-        except OSError as error:
-            raise ValueError(describe(error)) from error
-        found = (stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime_ns)
-        if found != (True, note.get("size"), note.get("mtime_ns")):
-            raise ValueError(f"does not fit {named}, which was changed since")
-        now = time.time()
-        return Stored(raw, note, status.st_blocks * 512, now - status.st_mtime, now - used)
-
     def _look(self, name: str) -> Optional[Stored]:
         """Read the note without the lock: damaged may as well mean that it was just replaced."""
         with suppress(ValueError):
-            return self._read(name)
+            return Stored.read(self.directory, name)
         return None
 
     def _remove(self, name: str) -> bool:
@@ -361,7 +253,7 @@ class Cache:
         """Delete what begins with the entry's name but does not belong to it; the lock is held."""
         keep = {f"{name}.lock"}
         try:
-            keep |= _files(self._read(name))
+            keep |= _files(Stored.read(self.directory, name))
         except ValueError as error:
             log.warning(f"{self._path(name, 'json')}: {error}; this entry is dropped")
         for path in self.directory.glob(f"{name}.*"):

@@ -20,6 +20,7 @@ from lib.settings.config import Config
 from lib.settings.params import Job
 from lib.settings.values import Digest, Location
 from lib.source import cache, checksum, decode, fetch, index, locations
+from lib.source.stored import Note, Stored
 
 LIST_LIMIT_BYTES = 1 << 20
 
@@ -62,7 +63,7 @@ def raw_image(job: Job, room_bytes: Optional[int] = None) -> Iterator[cache.Entr
         yield entry
 
 
-def cached(job: Job) -> Optional[cache.Stored]:
+def cached(job: Job) -> Optional[Stored]:
     """Return what the cache has for the job now; nobody is asked whether it is still good."""
     source = job.source()
     if source.path is None:
@@ -130,8 +131,8 @@ def _whole(location: Location) -> str:
 
 
 def _refresh(
-    job: Job, room_bytes: Optional[int], old: Optional[cache.Note], work: Path
-) -> Optional[tuple[Path, cache.Note]]:
+    job: Job, room_bytes: Optional[int], old: Optional[Note], work: Path
+) -> Optional[tuple[Path, Note]]:
     """Ask the server in the cheapest way whether the entry is good; else fetch and decode."""
     try:
         job = index.resolved(job)
@@ -155,10 +156,10 @@ def _fetch(
     job: Job,
     place: str,
     expected: Optional[Digest],
-    known: Optional[cache.Note],
+    known: Optional[Note],
     work: Path,
     room_bytes: Optional[int],
-) -> Optional[tuple[Path, cache.Note]]:
+) -> Optional[tuple[Path, Note]]:
     """Download, verify and decode; None if the server says that the known entry is current.
 
     place: the image's URL, or its mirror's. What one server's ETag stands for no other may confirm.
@@ -246,8 +247,8 @@ def _local_key(job: Job, file: BinaryIO, is_roots: bool) -> str:
 
 
 def _refresh_local(
-    job: Job, file: BinaryIO, old: Optional[cache.Note], work: Path
-) -> Optional[tuple[Path, cache.Note]]:
+    job: Job, file: BinaryIO, old: Optional[Note], work: Path
+) -> Optional[tuple[Path, Note]]:
     """Decode a local image; its key says all that could make an entry stale."""
     if old is not None:
         return None

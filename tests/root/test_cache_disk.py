@@ -12,7 +12,8 @@ import pytest
 
 from lib import run
 from lib.errors import Error
-from lib.source.cache import Cache, Note, Refresh
+from lib.source.cache import Cache, Refresh
+from lib.source.stored import Note
 from tests.conftest import require
 
 pytestmark = pytest.mark.root
