@@ -252,12 +252,10 @@ def _refresh_local(
     """Decode a local image; its key says all that could make an entry stale."""
     if old is not None:
         return None
-    limit = job.config.image_max_virtual_size
-    with (
-        decode.started(file, job.format, limit, work) as decoder,
-        context(f"decoding {job.source()}"),
-    ):
-        raw = decoder.result()
+    with _Decoding(job, file, work) as decoding:
+        decoder = decoding.complete()
+        with context(f"decoding {job.source()}"):
+            raw = decoder.result()
     if raw.path is None:
         raise _RawAlready
     return raw.path, {"url": f"file://{job.source().path}", "digests": {}, "fetched": _now()}
