@@ -23,7 +23,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Callable, Optional
@@ -39,7 +39,7 @@ Refresh = Callable[[Optional[Note], Path], Optional[tuple[Path, Note]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """An image in use: `file` is open and locked, and readable whatever happens to its name."""
+    """An image in use: `file` is open, in a cache also locked, whatever happens to its name."""
 
     file: BinaryIO
     size_bytes: int
@@ -59,8 +59,7 @@ class Cache:
     max_size_bytes: int
     max_age_s: float
 
-    @contextmanager
-    def entry(self, key: str, refresh: Refresh) -> Iterator[Entry]:
+    def entry(self, key: str, refresh: Refresh) -> AbstractContextManager[Entry]:
         """Open the entry of `key`, made or revalidated by `refresh`; it is not evicted meanwhile.
 
         refresh(note, work) runs under the entry's lock; processes that want the same entry wait,
@@ -70,8 +69,7 @@ class Cache:
         stays; only a full file system is put into words of our own. A directory that cannot be used
         is a WARNING, and the image is made in a temporary one, for this use only.
         """
-        with self.adopt(entry_name(key), refresh) as entry:
-            yield entry
+        return self.adopt(entry_name(key), refresh)
 
     @contextmanager
     def adopt(self, name: str, refresh: Refresh) -> Iterator[Entry]:
