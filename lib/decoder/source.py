@@ -5,7 +5,6 @@ Nothing in the sandbox can open the input by a name: there is one descriptor of 
 
 from __future__ import annotations
 
-import io
 import os
 import select
 import socket
@@ -83,7 +82,7 @@ class Source:
 # -- NBD: the protocol of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md ----
 
 _GREETING = struct.pack(">8s8sH", b"NBDMAGIC", b"IHAVEOPT", 3)
-_EXPORT_NAME, _ABORT, _INFO, _GO = 1, 2, 6, 7
+_ABORT, _GO = 2, 7  # the options that qemu-img cannot do without
 _ACK, _REP_INFO, _UNSUPPORTED = 1, 3, (1 << 31) + 1
 _FLAGS = 1 | 1 << 1  # there are flags; read-only
 _EINVAL, _EIO = 22, 5
@@ -135,13 +134,9 @@ def _negotiated(connection: socket.socket, size_bytes: int) -> bool:
     while True:
         _magic, option, length = struct.unpack(">8sII", _receive(connection, 16))
         _receive(connection, length)
-        if option == _EXPORT_NAME:
-            connection.sendall(struct.pack(">QH", size_bytes, _FLAGS))
-            return True
-        if option in (_INFO, _GO):
+        if option == _GO:
             _reply(connection, option, _REP_INFO, struct.pack(">HQH", 0, size_bytes, _FLAGS))
-        known = option in (_ABORT, _INFO, _GO)
-        _reply(connection, option, _ACK if known else _UNSUPPORTED)
+        _reply(connection, option, _ACK if option in (_ABORT, _GO) else _UNSUPPORTED)
         if option in (_ABORT, _GO):
             return bool(option == _GO)
 
@@ -152,10 +147,7 @@ def _reply(connection: socket.socket, option: int, kind: int, data: bytes = b"")
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
-    data = io.BytesIO()
-    while data.tell() < length:
-        block = connection.recv(length - data.tell())
-        if not block:
-            raise EOFError
-        data.write(block)
-    return data.getvalue()
+    data = connection.recv(length, socket.MSG_WAITALL)
+    if len(data) < length:
+        raise EOFError
+    return data
