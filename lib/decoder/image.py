@@ -106,14 +106,14 @@ def _one_format(look: magic.Look) -> str:
     """Return the format, unless another program could take the file for something else."""
     names = look.names
     if look.begins_as_container or len(names) > 1:
-        names += [name for name in look.disks if name in magic.TABLES]
+        names = names + [name for name in look.disks if name in magic.TABLES]
     if len(names) > 1:
         raise Error(
             f"the image is several things at once: {', '.join(names)}",
             "do not use it: a file like this is made to be read in two ways",
         )
     if look.foreign:
-        name, hint = look.foreign[0]
+        name, hint = next(iter(look.foreign.items()))
         raise Error(f"the image is {name}, none of {', '.join(FORMATS)}", hint)
     return names[0] if names else "raw"
 
@@ -125,7 +125,7 @@ def _require_disk(look: magic.Look, found: str) -> None:
     are one file system without a table. An ISO image alone boots from a CD drive only; with an MBR
     or a GPT (a hybrid) it is a disk.
     """
-    if look.disks == (magic.ISO,):
+    if look.disks == [magic.ISO]:
         raise Error(
             f"the image is {magic.ISO}, which does not boot as a disk",
             f"give a cloud image, or set format={found} to write it as it is",

@@ -83,15 +83,10 @@ _DESCRIPTOR = re.compile(rb"disk descriptorfile|createtype|^\s*version=", re.IGN
 class Look:
     """All that a file would be to one program or another, by every magic at once."""
 
-    containers: tuple[str, ...]  # formats that are decoded
-    foreign: tuple[tuple[str, str], ...]  # (name, hint) of what is not accepted
-    disks: tuple[str, ...]  # signs of a plain disk
+    names: list[str]  # what it is beside a plain disk
+    foreign: dict[str, str]  # those of the names that are not accepted, and the way out
+    disks: list[str]  # signs of a plain disk
     begins_as_container: bool  # then it is no plain disk; a fixed VHD is one with a footer
-
-    @property
-    def names(self) -> list[str]:
-        """What the file is beside a plain disk."""
-        return [*self.containers, *(name for name, _hint in self.foreign)]
 
 
 def look(read: Read, size: int) -> Look:
@@ -110,9 +105,9 @@ def look(read: Read, size: int) -> Look:
     if _is_old_tar(head[:SECTOR]):
         foreign["a tar archive of the v7 format"] = "pack it again with tar --format=gnu"
     return Look(
-        tuple(names),
-        tuple(foreign.items()),
-        tuple(name for name, offset, magic in _DISKS if has(offset, magic)),
+        [*names, *foreign],
+        foreign,
+        [name for name, offset, magic in _DISKS if has(offset, magic)],
         any(offset >= 0 for _name, offset in containers),
     )
 
