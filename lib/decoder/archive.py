@@ -100,7 +100,7 @@ def members(stream: BinaryIO, block: bytes) -> Iterator[Member]:
             name = said.get("GNU.sparse.name", said.get("path", header.name))
             if header.type in tarfile.REGULAR_TYPES:
                 size_bytes, segments = _layout(stream, block, header.type, stored, said)
-                yield Member(name[2:] if name[:2] == "./" else name, size_bytes, segments)
+                yield Member(name.removeprefix("./"), size_bytes, segments)
             elif header.type != tarfile.DIRTYPE or stored:
                 raise Error(f"{name!r} in the archive is no regular file", "repack it without")
             said = {}
