@@ -570,7 +570,7 @@ def tinyproxy(tmp_path: Path, *lines: str) -> Iterator[int]:
                 time.sleep(0.02)
             yield port
         finally:
-            child.terminate()
+            child.kill()  # its handler of SIGTERM may come before it waits, and then it waits on
 
 
 def test_proxy(tmp_path: Path, authority: Authority) -> None:
