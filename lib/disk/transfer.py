@@ -115,7 +115,8 @@ def _zstd(output: int) -> Iterator[int]:
 
 def _feed(descriptor: int, block: Block) -> None:
     for start in range(0, length_of(block), BLOCK_BYTES):
-        piece = ZEROES[: block - start] if isinstance(block, int) else block[start:][:BLOCK_BYTES]
+        end = start + BLOCK_BYTES
+        piece = ZEROES[: block - start] if isinstance(block, int) else block[start:end]
         view = memoryview(piece)
         while view:
             view = view[os.write(descriptor, view) :]
