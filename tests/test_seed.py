@@ -258,45 +258,44 @@ def test_mkfs_does_not_warn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
+def refusal(source: Path) -> str:
+    """Return what is said of a folder that makes no seed, of which no volume is left."""
+    volume = source.parent / "volume"
+    with pytest.raises(Error) as raised:
+        seed.volume(source, 1 << 20, volume)
+    assert not volume.exists()
+    return str(raised.value)
+
+
 def test_what_a_hook_must_not_leave(tmp_path: Path) -> None:
     source = write(tmp_path / "seed")
     (source / "folder").mkdir()
-    with pytest.raises(Error) as raised:
-        seed.volume(source, 1 << 20, tmp_path / "volume")
-    assert str(raised.value) == (
+    assert refusal(source) == (
         "folder in CLOUDIMAGE_SEED_DIR is no regular file;"
         " let the pre hooks write regular files only"
     )
     (source / "folder").rmdir()
     (source / "link").symlink_to("/etc/shadow")
-    with pytest.raises(Error, match=r"^link in CLOUDIMAGE_SEED_DIR is no regular file"):
-        seed.volume(source, 1 << 20, tmp_path / "volume")
+    assert refusal(source).startswith("link in CLOUDIMAGE_SEED_DIR is no regular file")
     (source / "link").unlink()
     (source / "a:b").write_bytes(b"")
-    with pytest.raises(Error) as raised:
-        seed.volume(source, 1 << 20, tmp_path / "volume")
-    assert str(raised.value) == (
+    assert refusal(source) == (
         "'a:b' in CLOUDIMAGE_SEED_DIR is no name for a file of the seed;"
         " let the pre hooks use letters, digits, dots, - and _, at most 64"
     )
     (source / "a:b").unlink()
     for number in range(61):
         (source / str(number)).write_bytes(b"")
-    with pytest.raises(Error) as raised:
-        seed.volume(source, 1 << 20, tmp_path / "volume")
-    assert str(raised.value) == (
+    assert refusal(source) == (
         "CLOUDIMAGE_SEED_DIR holds 65 files, the seed takes 64; let the pre hooks write fewer"
     )
     for number in range(61):
         (source / str(number)).unlink()
     (source / "meta-data").unlink()
-    with pytest.raises(Error) as raised:
-        seed.volume(source, 1 << 20, tmp_path / "volume")
-    assert str(raised.value) == (
+    assert refusal(source) == (
         "meta-data is gone from CLOUDIMAGE_SEED_DIR;"
         " let the pre hooks change the seed's files, or empty them, but not take them away"
     )
-    assert not (tmp_path / "volume").exists()
 
 
 def test_as_many_files_as_the_seed_takes(tmp_path: Path) -> None:
