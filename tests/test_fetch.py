@@ -250,18 +250,25 @@ def test_broken_connection(behaviours: list[httpd.Behaviour], ranges: list[int])
     assert all((one is None) == (other is None) for one, other in zip(asked, validators))
 
 
+def late(exchange: httpd.Exchange) -> None:
+    exchange.head(200, {"Content-Length": str(len(DATA))})
+    exchange.pause(0.2)
+    exchange.write(DATA)
+
+
 def test_pace_counts_from_where_the_server_began_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "PATIENCE_S", 0.1)
     monkeypatch.setattr(fetch, "LEAST_RATE", 1000)
-
-    def whole(exchange: httpd.Exchange) -> None:
-        exchange.head(200, {"Content-Length": str(len(DATA))})
-        exchange.write(DATA[:BLOCK_BYTES])
-        exchange.pause(0.2)
-        exchange.write(DATA[BLOCK_BYTES:])
-
-    with httpd.serve({"/image": httpd.sequence(CUT, whole)}) as server:
+    with httpd.serve({"/image": httpd.sequence(CUT, late)}) as server:
         assert get(server.url("/image"), replace(QUICK, retries=1)) == DATA
+
+
+def test_an_attempt_that_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(fetch, "LEAST_RATE", 1 << 30)
+    with httpd.serve({"/image": late}) as server:
+        with pytest.raises(fetch.Unavailable, match="slower than 1 GiB a second for "):
+            get(server.url("/image"), replace(QUICK, retries=0))
 
 
 @pytest.mark.parametrize(
